@@ -1,0 +1,80 @@
+"""Compose and run one simulated device pair: ``keymesh qkd-device run --config FILE``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import ssl
+import time
+from pathlib import Path
+
+from mesh.devices.buffer import DevicePair
+from mesh.devices.config import DeviceConfig, EndConfig, load_config
+from mesh.devices.server import DeviceServer
+from mesh.errors import CallerError, ErrorReason
+
+_log = logging.getLogger(__name__)
+
+
+def server_context(end: EndConfig) -> ssl.SSLContext:
+    """Build an end's TLS context: client certificates required, TLS 1.2 with AEAD or newer.
+
+    Raises:
+        CallerError: ``CERTIFICATE``, a PEM file is missing or does not fit.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(cafile=end.tls.ca)
+        context.load_cert_chain(end.tls.cert, end.tls.key)
+    except (OSError, ssl.SSLError) as error:
+        raise CallerError(
+            f"cannot use the certificates of {end.kme_id}: {error}",
+            reason=ErrorReason.CERTIFICATE,
+            facts={"ca": end.tls.ca, "cert": end.tls.cert, "key": end.tls.key},
+        ) from error
+    return context
+
+
+def build(config: DeviceConfig) -> DeviceServer:
+    """Build the pair and its server from a configuration."""
+    pair = DevicePair(
+        rate_bps=config.rate_bps,
+        buffer_bytes=config.buffer_bytes,
+        pending_bytes=config.pending_bytes,
+        initial_bytes=config.initial_bytes,
+        now_s=time.monotonic(),
+        randomness=os.urandom,
+        faults=config.faults,
+    )
+    return DeviceServer(config, pair, now_s=time.monotonic, tls=server_context)
+
+
+async def serve(config: DeviceConfig) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    server = build(config)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    end_a, end_b, control = await server.start()
+    _log.info("device pair %s serves %s and %s, control %s", config.device_id, end_a, end_b, control)
+    try:
+        await stop.wait()
+    finally:
+        await server.stop()
+
+
+def run(config_file: Path) -> None:
+    """Run the pair of ``config_file`` until it is told to stop.
+
+    Raises:
+        CallerError: the configuration or a certificate is wrong.
+    """
+    config = load_config(config_file)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    asyncio.run(serve(config))
