@@ -1,0 +1,61 @@
+"""What MeshClient returns: values, without wire types.
+
+``DeliveredKey`` holds key bytes; its repr does not, and it cannot be pickled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class DeliveredKey:
+    """One key as handed out: its id and its bytes."""
+
+    key_id: UUID
+    value: bytes
+
+    def __repr__(self) -> str:
+        return f"DeliveredKey({self.key_id}, {len(self.value)} bytes)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("keys cannot be pickled")
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveredKeys:
+    """The keys of one call, in order, and the grade under which they were established."""
+
+    keys: list[DeliveredKey]
+    grade: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyStatus:
+    """What a node can deliver to a pair of SAEs; sizes in bits as ETSI 014 counts them."""
+
+    source_kme_id: str
+    target_kme_id: str
+    key_size_bits: int
+    min_key_size_bits: int
+    max_key_size_bits: int
+    stored_key_count: int
+    max_key_count: int
+    max_key_per_request: int
+    max_sae_id_count: int
+    grade: str
+    directory_staleness_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveLevel:
+    """How full the reserves towards one peer KME are, in bytes of key part."""
+
+    peer_kme_id: str
+    epoch: int
+    grade: str
+    outbound_bytes: int
+    inbound_bytes: int
+    high_water_bytes: int
