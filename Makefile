@@ -1,15 +1,101 @@
-# keymesh: `make help` lists the targets. Every target provisions what it lacks.
+# keymesh. `make help` lists the targets; each provisions what it still lacks.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LAB_DIR ?= build/lab
+NETWORK ?= metro
+PYTEST_WORKERS ?= 2
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help: ## Show this help
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
 
+# --- Provisioning: locked requirements with hashes, one stamp per set. ---------------------------
+
+$(VENV)/.base: requirements/build.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --require-hashes -r requirements/build.txt
+	@touch $@
+
+$(VENV)/.lab: $(VENV)/.base requirements/lab.txt pyproject.toml
+	@echo "installing what running needs (locked, with hashes)"
+	@$(PIP) install --require-hashes -r requirements/lab.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.lab requirements/dev.txt
+	@echo "installing what testing needs (locked, with hashes)"
+	@$(PIP) install --require-hashes -r requirements/dev.txt
+	@touch $@
+
+.PHONY: setup
+setup: $(VENV)/.lab ## Make .venv from the locked requirements
+
+.PHONY: lock
+lock: $(VENV)/.dev ## Compile the locks afresh (requirements/*.txt)
+	@set -e; compile() { $(BIN)/pip-compile --quiet --generate-hashes --no-emit-find-links --no-emit-index-url \
+	  --strip-extras --allow-unsafe --no-header "$$@"; }; \
+	compile requirements/build.in -o requirements/build.txt; \
+	compile pyproject.toml -o requirements/run.txt; \
+	compile pyproject.toml --extra lab -c requirements/run.txt -o requirements/lab.txt; \
+	compile pyproject.toml --extra lab --extra dev -c requirements/lab.txt -o requirements/dev.txt; \
+	compile pyproject.toml --extra lab --extra dev --extra fuzz -c requirements/dev.txt -o requirements/fuzz.txt
+
+# --- The main job. -------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(VENV)/.lab ## Two applications across a metro get the same key; measure it (build/demo)
+	@$(BIN)/keymesh lab demo --dir build/demo
+
+.PHONY: lab-up
+lab-up: $(VENV)/.lab ## Start a network on this machine (NETWORK=metro LAB_DIR=build/lab)
+	@$(BIN)/keymesh lab up --network $(NETWORK) --dir $(LAB_DIR) --detach
+
+.PHONY: lab-down
+lab-down: $(VENV)/.lab ## Stop it
+	@$(BIN)/keymesh lab down --dir $(LAB_DIR)
+
+# --- Checks and tests. ---------------------------------------------------------------------------
+
+PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+	$$(cd protos && find . -name '*.proto' | sort | sed 's|^\./||')
+
 .PHONY: generate
 generate: $(VENV)/.dev ## Regenerate the protocol buffers' Python
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos \
-	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/mesh/v1/*.proto
+	@$(call PROTOC,.)
+
+.PHONY: check-generated
+check-generated: $(VENV)/.dev ## Refuse generated code that does not fit protos/
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(call PROTOC,$$out) && \
+	for file in $$(cd "$$out" && find . -name '*_pb2*' | sort); do \
+	  diff -q "$$out/$$file" "$$file" >/dev/null || { echo "$$file is stale: run make generate"; exit 1; }; done
+
+.PHONY: check
+check: $(VENV)/.dev check-generated ## Generated code, format, lint, types, import contracts, unit tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/pytest -q -n $(PYTEST_WORKERS) tests/unit
+
+.PHONY: test
+test: $(VENV)/.dev ## Every test there is (10 minutes at most)
+	@$(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile tests
+
+.PHONY: bench
+bench: $(VENV)/.lab ## Measure against the goals (build/bench/result.json)
+	@$(BIN)/python -m benchmarks
+
+.PHONY: wheel
+wheel: $(VENV)/.base ## Build the wheel into dist/
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+.PHONY: clean
+clean: ## Remove what builds and tests leave
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
