@@ -1,0 +1,220 @@
+"""Network files: what a lab is made of, as YAML that users write.
+
+Owns the shape of those files and what must hold within one. What decides over keys
+(homes, neighbours, grades) is translated into the network document and checked there,
+so that a lab cannot run what an operator could not sign. Must not start anything.
+
+Sizes are bytes, rates bit/s, delays milliseconds one way.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+
+from mesh.core.network import NetworkDocument
+from mesh.core.network_parse import FORMAT, parse_document
+from mesh.errors import ConfigError
+from mesh.node.config import Limits, Quota, Reserves
+
+_Id = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+_SaeId = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")]
+_Bytes = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: unknown fields are refused."""
+
+
+class GatewaySpec(_Section, frozen=True):
+    """One gateway and the SAEs that reach the mesh through it."""
+
+    id: _Id
+    saes: list[_SaeId] = []
+
+
+class NodeSpec(_Section, frozen=True):
+    """One KME; ``site`` and ``operator`` are its failure domains."""
+
+    id: _Id
+    site: str = ""
+    operator: str = ""
+    transit: bool = True
+    gateways: list[GatewaySpec] = []
+
+
+class LinkSpec(_Section, frozen=True):
+    """A QKD link: a simulated device pair, and the network path between its two nodes.
+
+    Attributes:
+        between: the two nodes.
+        rate_bps: secret key rate of the device pair, bit/s.
+        qber: its quantum bit error rate, a fraction.
+        initial_bytes: key that the device pair holds at start.
+        buffer_bytes: key that it holds at most; 0 takes 64 MiB, or ``initial_bytes`` if larger.
+        pool_max_bytes: unused material that the nodes hold per lane.
+        one_way_delay_ms: emulated delay of the classical channel.
+        cost: what routing counts for it, in hops.
+    """
+
+    between: Annotated[list[_Id], msgspec.Meta(min_length=2, max_length=2)]
+    rate_bps: Annotated[float, msgspec.Meta(ge=0)] = 3.95e6
+    qber: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.02
+    initial_bytes: _Bytes = 8 << 20
+    buffer_bytes: _Bytes = 0
+    pool_max_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 64 << 20
+    one_way_delay_ms: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 0.0
+    cost: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 1.0
+
+    @property
+    def link_id(self) -> str:
+        """``a--b``, the smaller id first."""
+        return "--".join(sorted(self.between))
+
+
+class EtcdSpec(_Section, frozen=True):
+    """How many etcd members the domain runs."""
+
+    members: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+
+
+class Network(_Section, frozen=True):
+    """A whole network file."""
+
+    name: _Id
+    domain: _Id
+    nodes: Annotated[list[NodeSpec], msgspec.Meta(min_length=2, max_length=64)]
+    links: Annotated[list[LinkSpec], msgspec.Meta(min_length=1, max_length=256)]
+    grades: dict[str, Any] = {}
+    etcd: EtcdSpec = EtcdSpec()
+    reserves: Reserves = Reserves()
+    limits: Limits = Limits()
+    quota: Quota = Quota()
+
+    def node(self, kme_id: str) -> NodeSpec:
+        """The node of that id, which must exist."""
+        return next(node for node in self.nodes if node.id == kme_id)
+
+    def document_source(self, serial: int = 1) -> dict[str, Any]:
+        """The network document of this network, unsigned, as ``mesh.core.network_parse`` reads it."""
+        return {
+            "format": FORMAT,
+            "serial": serial,
+            "domain": self.domain,
+            "nodes": {
+                node.id: {"site": node.site, "operator": node.operator, "transit": node.transit}
+                for node in self.nodes
+            },
+            "links": [{"between": sorted(link.between), "cost": link.cost} for link in self.links],
+            "saes": {
+                sae: {"home": node.id}
+                for node in self.nodes
+                for gateway in node.gateways
+                for sae in gateway.saes
+            },
+            "grades": self.grades,
+        }
+
+    def document(self) -> NetworkDocument:
+        """The same, checked."""
+        return parse_document(self.document_source())
+
+    def delay_ms(self, a: str, b: str) -> float:
+        """One-way delay between two nodes: along the links with the least total delay."""
+        best = {a: 0.0}
+        queue = [a]
+        while queue:
+            here = min(queue, key=best.__getitem__)
+            queue.remove(here)
+            if here == b:
+                return best[here]
+            for link in self.links:
+                if here in link.between:
+                    there = link.between[1 - link.between.index(here)]
+                    delay_ms = best[here] + link.one_way_delay_ms
+                    if delay_ms < best.get(there, float("inf")):
+                        best[there] = delay_ms
+                        queue.append(there)
+        return 0.0
+
+
+def shipped_networks() -> list[str]:
+    """Names of the networks that come with the package."""
+    folder = resources.files("mesh.lab") / "networks"
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_network(name_or_file: str) -> Network:
+    """Read a shipped network by name, or a file of the user's.
+
+    Raises:
+        ConfigError: no such network, or a field is wrong: names file, field and remedy.
+    """
+    if re.fullmatch(r"[a-z0-9][a-z0-9-]*", name_or_file) and name_or_file in shipped_networks():
+        text = (resources.files("mesh.lab") / "networks" / f"{name_or_file}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(name_or_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"no network {name_or_file!r}: give a YAML file, or one of {', '.join(shipped_networks())}"
+            ) from error
+    return parse_network(text, name_or_file)
+
+
+def parse_network(text: str, where: str) -> Network:
+    """Check a network file's text; ``where`` names it in messages.
+
+    Raises:
+        ConfigError: names the field, the problem and the remedy.
+    """
+    try:
+        network = msgspec.convert(yaml.safe_load(text), Network)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"network {where} is not YAML: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"network {where}: {error}") from error
+    try:
+        _check(network)
+        network.document()
+    except ConfigError as error:
+        raise ConfigError(f"network {where}: {error.message}", facts=error.facts) from error
+    return network
+
+
+def _check(network: Network) -> None:
+    gateways = [gateway for node in network.nodes for gateway in node.gateways]
+    members = [
+        ("nodes", [node.id for node in network.nodes]),
+        ("gateways", [gateway.id for gateway in gateways]),
+        ("saes", [sae for gateway in gateways for sae in gateway.saes]),
+        ("links", [link.link_id for link in network.links]),
+    ]
+    for kind, ids in members:
+        if twice := next((entry for entry in ids if ids.count(entry) > 1), None):
+            raise ConfigError(f"{kind}: {twice} is there twice; give each its own id")
+    nodes = {node.id for node in network.nodes}
+    for index, link in enumerate(network.links):
+        for end in link.between:
+            if end not in nodes:
+                raise ConfigError(
+                    f"links[{index}].between: {end} is not among nodes; add it or correct the id"
+                )
+        if link.buffer_bytes and link.buffer_bytes < link.initial_bytes:
+            raise ConfigError(
+                f"links[{index}].buffer_bytes: less than initial_bytes; raise it or leave it out"
+            )
+    homes = {node.id for node in network.nodes for gateway in node.gateways if gateway.saes}
+    if len(homes) < 2:
+        raise ConfigError("nodes: SAEs at two different nodes are needed; add gateways with saes")
+    if network.nodes[0].id not in homes:
+        raise ConfigError("nodes[0].gateways: the first node needs a gateway with an SAE")
+    if network.reserves.low_water_bytes > network.reserves.high_water_bytes:
+        raise ConfigError("reserves.low_water_bytes: must not exceed reserves.high_water_bytes")
