@@ -145,9 +145,14 @@ class TransferAnswer(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     CONFIRM_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    HIGHEST_EPOCH_FIELD_NUMBER: _builtins.int
     state: Global___TransferAnswer.State.ValueType
     reason: _builtins.str
     """With REFUSED: a name of mesh.errors.ErrorReason; unauthenticated."""
+    highest_epoch: _builtins.int
+    """With REFUSED: highest epoch of this source that the target knows. Not
+    authenticated: a source that skips to it skips a bounded number.
+    """
     @_builtins.property
     def confirm(self) -> Global___ConfirmRequest:
         """With APPENDED: the same bytes as the confirm."""
@@ -158,10 +163,11 @@ class TransferAnswer(_message.Message):
         state: Global___TransferAnswer.State.ValueType = ...,
         confirm: Global___ConfirmRequest | None = ...,
         reason: _builtins.str = ...,
+        highest_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "highest_epoch", b"highest_epoch", "reason", b"reason", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,12 +193,14 @@ class DepositRequest(_message.Message):
     target_kme_id: _builtins.str
     epoch: _builtins.int
     first_slot: _builtins.int
-    """First of the consecutive sealed slots used, and how many (two or more)."""
+    """First of the consecutive sealed slots used, and how many (two or more):
+    one for the answer key, the rest as pad.
+    """
     slot_count: _builtins.int
     ciphertext: _builtins.bytes
-    """One-time-pad ciphertext of a SealedMessage."""
+    """One-time-pad ciphertext of a SealedMessage, at most 256 KiB."""
     tag: _builtins.bytes
-    """One-time tag, 16 bytes, over all of the above and the lowest open job."""
+    """One-time tag, 16 bytes, over all other fields."""
     job_id: _builtins.bytes
     """Identifies the job; 16 bytes. Applied once."""
     job_number: _builtins.int
@@ -224,20 +232,23 @@ Global___DepositRequest: _TypeAlias = DepositRequest  # noqa: Y015
 class DepositResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    CIPHERTEXT_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
     TAG_FIELD_NUMBER: _builtins.int
-    ciphertext: _builtins.bytes
-    """SealedAnswer, encrypted and tagged with the answer key inside the message."""
+    answer: _builtins.bytes
+    """A serialised SealedAnswer, in clear: it holds nothing secret."""
     tag: _builtins.bytes
+    """One-time tag over job id and answer, under the key part of the message's
+    first slot (raw pad, so nothing is sent for it). Stored and resent as is.
+    """
     def __init__(
         self,
         *,
-        ciphertext: _builtins.bytes = ...,
+        answer: _builtins.bytes = ...,
         tag: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ciphertext", b"ciphertext", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,15 +256,14 @@ Global___DepositResponse: _TypeAlias = DepositResponse  # noqa: Y015
 
 @_typing.final
 class SealedMessage(_message.Message):
+    """The plaintext of a deposit, and of an attachment after its job fields."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    ANSWER_KEY_FIELD_NUMBER: _builtins.int
     RETIRE_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     VOID_KEYS_FIELD_NUMBER: _builtins.int
     OPEN_EPOCH_FIELD_NUMBER: _builtins.int
-    answer_key: _builtins.bytes
-    """64 bytes: pad and tag key of the single answer, in this order, 32 each."""
     @_builtins.property
     def retire(self) -> Global___Retire: ...
     @_builtins.property
@@ -265,7 +275,6 @@ class SealedMessage(_message.Message):
     def __init__(
         self,
         *,
-        answer_key: _builtins.bytes = ...,
         retire: Global___Retire | None = ...,
         keys: Global___KeyDeposit | None = ...,
         void_keys: Global___VoidKeys | None = ...,
@@ -273,7 +282,7 @@ class SealedMessage(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "keys", b"keys", "open_epoch", b"open_epoch", "retire", b"retire", "void_keys", b"void_keys"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_key", b"answer_key", "body", b"body", "keys", b"keys", "open_epoch", b"open_epoch", "retire", b"retire", "void_keys", b"void_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "keys", b"keys", "open_epoch", b"open_epoch", "retire", b"retire", "void_keys", b"void_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["retire", "keys", "void_keys", "open_epoch"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
@@ -418,13 +427,18 @@ class SealedAnswer(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     PROVEN_FIELD_NUMBER: _builtins.int
+    LINEAGE_FIELD_NUMBER: _builtins.int
     applied: _builtins.bool
     """True: applied now or before."""
     reason: _builtins.str
     """A name of mesh.errors.ErrorReason where not."""
     incarnation: _builtins.bytes
-    """The target's incarnation, 16 bytes, and whether that restart was proven."""
+    """The target's incarnation (16 bytes), and whether that restart was proven."""
     proven: _builtins.bool
+    lineage: _builtins.bytes
+    """The incarnation of the target's latest unproven start, 16 bytes: shows it
+    also to a source that missed some restarts.
+    """
     def __init__(
         self,
         *,
@@ -432,10 +446,11 @@ class SealedAnswer(_message.Message):
         reason: _builtins.str = ...,
         incarnation: _builtins.bytes = ...,
         proven: _builtins.bool = ...,
+        lineage: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "incarnation", b"incarnation", "proven", b"proven", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "incarnation", b"incarnation", "lineage", b"lineage", "proven", b"proven", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
