@@ -1,52 +1,89 @@
-"""The identity inside a certificate of the node root.
+"""Who is at the other end of a connection.
 
-Owns reading exactly one identity from a certificate, and refusing certificates
-that could be read as two. Must not decide what an identity may do; that is
-``mesh.rpc.roles``.
+Owns turning a connection's certificate into an ``Identity`` and refusing those on
+the deny list; what an identity may do stands in ``mesh.rpc.roles``.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
 from cryptography import x509
 
-from mesh.core.identity import DNS_SUFFIX, SCHEME, Identity, Role, parse_identity
-from mesh.errors import CallerError, ErrorReason, NotAuthorizedError
+from mesh.core.identity import Identity, Role, parse_identity
+from mesh.errors import ErrorReason, NotAuthorizedError
+from mesh.ops.certificates import fingerprint_of, identity_of, serial_of
+from mesh.ops.denylist import DenyList
 
-__all__ = ["Identity", "Role", "identity_of", "parse_identity"]
+__all__ = ["Identity", "PeerReader", "Role", "identity_of", "parse_identity"]
+
+_CACHE_LIMIT = 1024
 
 
-def identity_of(certificate: x509.Certificate) -> Identity:
-    """Reads the one identity that a certificate speaks for.
+@dataclass(frozen=True, slots=True)
+class _Known:
+    identity: Identity
+    fingerprint: str
+    serial: str
+    not_after_s: float
 
-    Raises:
-        NotAuthorizedError: reason CERTIFICATE, when there is no URI of ours, more
-            than one, or the DNS name that clients pin belongs to another identity.
+
+class PeerReader:
+    """Reads the identity behind a connection; parsed certificates are remembered.
+
+    Args:
+        domain: the only domain whose members are admitted.
+        deny_list: certificates that are refused, asked at every call.
     """
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError, x509.DuplicateExtension) as exc:
-        raise _refusal("certificate has no readable subject alternative name") from exc
-    uris = [uri for uri in names.get_values_for_type(x509.UniformResourceIdentifier) if _is_ours(uri)]
-    if not uris:
-        raise _refusal("certificate has no keymesh:// name, so it is not one of the node plane")
-    if len(uris) > 1:
-        raise _refusal("certificate names more than one keymesh:// identity")
-    try:
-        identity = parse_identity(uris[0])
-    except CallerError as exc:
-        raise _refusal("certificate has a malformed keymesh:// name") from exc
-    pinned = {
-        name
-        for name in names.get_values_for_type(x509.DNSName)
-        if name.lower().rstrip(".").endswith(DNS_SUFFIX)
-    }
-    if pinned - {identity.dns_name}:
-        raise _refusal("certificate carries the pinned DNS name of another identity")
-    return identity
 
+    def __init__(self, domain: str, deny_list: DenyList) -> None:
+        self._domain = domain
+        self._deny_list = deny_list
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
-def _is_ours(uri: str) -> bool:
-    return uri.lower().startswith(SCHEME)
+    def read(self, auth_context: Mapping[str, Iterable[bytes]], now_s: float) -> Identity:
+        """The identity behind a connection.
+
+        Args:
+            auth_context: what ``ServicerContext.auth_context()`` returns.
+            now_s: seconds since the epoch; a certificate that expired while its
+                connection stayed open is refused.
+
+        Raises:
+            NotAuthorizedError: reason CERTIFICATE.
+        """
+        pem = next(iter(auth_context.get("x509_pem_cert", ())), None)
+        if not pem:
+            raise _refusal("connection has no client certificate")
+        known = self._known.get(pem)
+        if known is None:
+            known = self._remember(pem)
+        if now_s > known.not_after_s:
+            raise _refusal("certificate has expired")
+        if self._deny_list.denies(fingerprint=known.fingerprint, serial=known.serial):
+            raise _refusal("certificate is on the deny list")
+        return known.identity
+
+    def _remember(self, pem: bytes) -> _Known:
+        try:
+            certificate = x509.load_pem_x509_certificate(pem)
+            identity = identity_of(certificate)
+        except ValueError as exc:
+            raise _refusal("certificate cannot be read") from exc
+        if identity.domain != self._domain:
+            raise _refusal("certificate belongs to another domain")
+        known = _Known(
+            identity,
+            fingerprint_of(certificate),
+            serial_of(certificate),
+            certificate.not_valid_after_utc.timestamp(),
+        )
+        self._known[pem] = known
+        if len(self._known) > _CACHE_LIMIT:
+            self._known.popitem(last=False)
+        return known
 
 
 def _refusal(message: str) -> NotAuthorizedError:

@@ -1,0 +1,162 @@
+"""The audit log: who got which key_ID when, and how it ended.
+
+Owns one append-only file of JSON lines, mode 0600, opened O_APPEND, rotated by size
+with a bound on how many old ones stay. A line is written with one system call before
+the answer leaves; when it cannot be written the call fails, so that no key leaves
+unrecorded. The file is not synced: a power cut may lose the last lines (syncing
+belongs to ``mesh.store``). Never key bytes; values that hold bytes are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from mesh.errors import ConfigError, ErrorReason, UnavailableError
+from mesh.ops.logging import request_id
+
+_MAX_LINE_BYTES = 65_536
+AuditValue = str | int | float | bool | None | Sequence[str]
+
+
+class AuditLog:
+    """An append-only log of facts; may be used from any thread.
+
+    Args:
+        path: the file; its directory must exist.
+        max_bytes: size at which the file is rotated to ``path.1``, ``path.2``, …
+        keep: how many rotated files stay.
+        now_s: seconds since the epoch.
+
+    Raises:
+        ConfigError: the file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_bytes: int = 64 * 1024 * 1024,
+        keep: int = 8,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        if max_bytes < 1 or keep < 1:
+            raise ConfigError("audit: max_bytes and keep must be at least 1")
+        self._path = path
+        self._max_bytes = max_bytes
+        self._keep = keep
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._encoder = msgspec.json.Encoder()
+        self._is_torn = False
+        self._second = -1
+        self._second_text = ""
+        try:
+            self._descriptor, self._size = _open(path)
+        except OSError as exc:
+            raise ConfigError("audit_log cannot be opened", facts={"file": path, "cause": exc}) from exc
+
+    def record(self, event: str, **facts: AuditValue) -> None:
+        """Writes one line: ``ts``, ``event``, ``request_id`` (of the context unless given), facts.
+
+        Raises:
+            TypeError: a fact is not text, number, boolean, None or a list of text.
+            UnavailableError: DISK_FULL, the line could not be written; do not answer.
+        """
+        self.record_all(event, (facts,))
+
+    def record_all(self, event: str, lines: Sequence[dict[str, AuditValue]]) -> None:
+        """Writes one line per element with a single system call; see ``record``."""
+        common: dict[str, AuditValue] = {"ts": self._time(), "event": event, "request_id": request_id.get()}
+        encoded = bytearray()
+        for facts in lines:
+            for name, value in facts.items():
+                if not _is_fit(value):
+                    raise TypeError(f"audit fact {name} must be text, a number or a list of text")
+            line = self._encoder.encode({**common, **facts})
+            if len(line) > _MAX_LINE_BYTES:
+                raise TypeError("an audit line is longer than 64 KiB")
+            encoded += line
+            encoded += b"\n"
+        if encoded:
+            with self._lock:
+                self._append(encoded)
+
+    def close(self) -> None:
+        """Closes the file; recording afterwards fails."""
+        with self._lock:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def __enter__(self) -> AuditLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, encoded: bytearray) -> None:
+        if self._descriptor < 0:
+            raise UnavailableError("audit log is closed", reason=ErrorReason.SHUTTING_DOWN)
+        try:
+            if self._size and self._size + len(encoded) > self._max_bytes:
+                self._rotate()
+            # A line torn by a full disk is ended first, so that the next one stays readable.
+            data = b"\n" + encoded if self._is_torn else encoded
+            written = os.write(self._descriptor, data)
+        except OSError as exc:
+            raise UnavailableError(
+                "audit log cannot be written; free space or fix its path",
+                reason=ErrorReason.DISK_FULL,
+                facts={"file": self._path, "cause": exc.strerror},
+            ) from exc
+        self._size += written
+        self._is_torn = written < len(data)
+        if self._is_torn:
+            raise UnavailableError(
+                "audit log was written in part; free space",
+                reason=ErrorReason.DISK_FULL,
+                facts={"file": self._path},
+            )
+
+    def _rotate(self) -> None:
+        for number in range(self._keep - 1, 0, -1):
+            older = self._numbered(number)
+            if older.exists():
+                older.replace(self._numbered(number + 1))
+        self._path.replace(self._numbered(1))
+        descriptor, size = _open(self._path)
+        os.close(self._descriptor)
+        self._descriptor, self._size, self._is_torn = descriptor, size, False
+
+    def _numbered(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.{number}")
+
+    def _time(self) -> str:
+        now_s = self._now_s()
+        second = int(now_s)
+        if second != self._second:
+            self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+            self._second = second
+        return f"{self._second_text}.{int((now_s - second) * 1000):03d}Z"
+
+
+def _is_fit(value: object) -> bool:
+    if value is None or isinstance(value, str | int | float):
+        return True
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
+def _open(path: Path) -> tuple[int, int]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return descriptor, os.fstat(descriptor).st_size
