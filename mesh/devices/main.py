@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import ssl
 import time
 from pathlib import Path
@@ -14,6 +13,8 @@ from mesh.devices.buffer import DevicePair
 from mesh.devices.config import DeviceConfig, EndConfig, load_config
 from mesh.devices.server import DeviceServer
 from mesh.errors import CallerError, ErrorReason
+from mesh.ops.logging import setup_logging
+from mesh.ops.runtime import run as run_process
 
 _log = logging.getLogger(__name__)
 
@@ -54,27 +55,18 @@ def build(config: DeviceConfig) -> DeviceServer:
     return DeviceServer(config, pair, now_s=time.monotonic, tls=server_context)
 
 
-async def serve(config: DeviceConfig) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    server = build(config)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    end_a, end_b, control = await server.start()
-    _log.info("device pair %s serves %s and %s, control %s", config.device_id, end_a, end_b, control)
-    try:
-        await stop.wait()
-    finally:
-        await server.stop()
+def run(config_file: Path) -> int:
+    """Run the pair of ``config_file`` until it is told to stop; return the exit status."""
 
+    async def main(stop: asyncio.Event) -> None:
+        config = load_config(config_file)
+        setup_logging(facts={"device": config.device_id})
+        server = build(config)
+        end_a, end_b, control = await server.start()
+        _log.info("serving", extra={"end_a": end_a, "end_b": end_b, "control": control})
+        try:
+            await stop.wait()
+        finally:
+            await server.stop()
 
-def run(config_file: Path) -> None:
-    """Run the pair of ``config_file`` until it is told to stop.
-
-    Raises:
-        CallerError: the configuration or a certificate is wrong.
-    """
-    config = load_config(config_file)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(serve(config))
+    return run_process(main, name=f"qkd-device {config_file.stem}")

@@ -31,14 +31,14 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Base of all sections: unknown fields are refused."""
 
 
-class GatewaySpec(_Section, frozen=True):
+class GatewaySpec(_Section, frozen=True, kw_only=True):
     """One gateway and the SAEs that reach the mesh through it."""
 
     id: _Id
     saes: list[_SaeId] = []
 
 
-class NodeSpec(_Section, frozen=True):
+class NodeSpec(_Section, frozen=True, kw_only=True):
     """One KME; ``site`` and ``operator`` are its failure domains."""
 
     id: _Id
@@ -48,7 +48,7 @@ class NodeSpec(_Section, frozen=True):
     gateways: list[GatewaySpec] = []
 
 
-class LinkSpec(_Section, frozen=True):
+class LinkSpec(_Section, frozen=True, kw_only=True):
     """A QKD link: a simulated device pair, and the network path between its two nodes.
 
     Attributes:
@@ -77,13 +77,13 @@ class LinkSpec(_Section, frozen=True):
         return "--".join(sorted(self.between))
 
 
-class EtcdSpec(_Section, frozen=True):
+class EtcdSpec(_Section, frozen=True, kw_only=True):
     """How many etcd members the domain runs."""
 
     members: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
 
 
-class Network(_Section, frozen=True):
+class Network(_Section, frozen=True, kw_only=True):
     """A whole network file."""
 
     name: _Id

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Annotated
 import msgspec
 
 from mesh.node.config import load_yaml
+from mesh.ops.logging import setup_logging
+from mesh.ops.runtime import run as run_process
 
 _log = logging.getLogger(__name__)
 _CHUNK = 256 * 1024
@@ -150,26 +151,18 @@ class WanRelay:
                     end.close()
 
 
-async def serve(config: WanConfig) -> None:
-    """Relay until SIGTERM or SIGINT."""
-    relay = WanRelay(config)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await relay.start()
-    _log.info(
-        "%s carries %d paths, %.1f ms each way", config.wan_id, len(config.paths), config.one_way_delay_ms
-    )
-    await stop.wait()
-    await relay.stop()
+def run(config_file: Path) -> int:
+    """Run the relay of ``config_file`` until it is told to stop; return the exit status."""
 
+    async def main(stop: asyncio.Event) -> None:
+        config = load_yaml(config_file, WanConfig)
+        setup_logging(facts={"wan": config.wan_id})
+        relay = WanRelay(config)
+        places = await relay.start()
+        _log.info("relaying", extra={"paths": len(places), "one_way_delay_ms": config.one_way_delay_ms})
+        try:
+            await stop.wait()
+        finally:
+            await relay.stop()
 
-def run(config_file: Path) -> None:
-    """Run the relay of ``config_file`` until it is told to stop.
-
-    Raises:
-        ConfigError: names the field that is wrong.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    asyncio.run(serve(load_yaml(config_file, WanConfig)))
+    return run_process(main, name=f"wan {config_file.stem}", lock_memory=False)

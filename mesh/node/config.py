@@ -25,14 +25,14 @@ class _Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
     """Base of all sections: unknown fields are refused."""
 
 
-class Listen(_Section):
+class Listen(_Section, frozen=True, kw_only=True):
     """Where the node listens: ``host:port``; port 0 is not allowed."""
 
     grpc: _HostPort
     http: _HostPort
 
 
-class Tls(_Section):
+class Tls(_Section, frozen=True, kw_only=True):
     """Node-plane certificates (PEM files); ``deny_list`` holds one serial or fingerprint a line."""
 
     ca: str
@@ -41,7 +41,7 @@ class Tls(_Section):
     deny_list: str | None = None
 
 
-class Etcd(_Section):
+class Etcd(_Section, frozen=True, kw_only=True):
     """The domain's etcd: TLS always, user and password when authentication is on."""
 
     endpoints: Annotated[list[_HostPort], msgspec.Meta(min_length=1, max_length=16)]
@@ -54,14 +54,14 @@ class Etcd(_Section):
     lease_ttl_s: Annotated[int, msgspec.Meta(ge=2, le=600)] = 10
 
 
-class DirectorySection(_Section):
+class DirectorySection(_Section, frozen=True, kw_only=True):
     """Exactly one of ``etcd`` and ``static`` (a YAML file with the same face)."""
 
     etcd: Etcd | None = None
     static: str | None = None
 
 
-class NetworkSection(_Section):
+class NetworkSection(_Section, frozen=True, kw_only=True):
     """The signed network document.
 
     ``document`` pins a file; without it the document comes from the directory.
@@ -73,7 +73,7 @@ class NetworkSection(_Section):
     trust_directory: bool = False
 
 
-class Device(_Section):
+class Device(_Section, frozen=True, kw_only=True):
     """The site's own QKD device on a link, behind its ETSI GS QKD 014 interface."""
 
     url: Annotated[str, msgspec.Meta(pattern=r"^https://")]
@@ -87,7 +87,7 @@ class Device(_Section):
     timeout_s: _Seconds = 5.0
 
 
-class LinkSection(_Section):
+class LinkSection(_Section, frozen=True, kw_only=True):
     """One neighbour. ``device`` feeds the lanes; both ends name the same cap."""
 
     peer: str
@@ -98,7 +98,7 @@ class LinkSection(_Section):
     window_bytes: _Natural = 0
 
 
-class Reserves(_Section):
+class Reserves(_Section, frozen=True, kw_only=True):
     """Water marks of a reserve (bytes per direction and pair) and the life of a key."""
 
     high_water_bytes: _Natural = 4 * 1024 * 1024
@@ -111,7 +111,7 @@ class Reserves(_Section):
     prefill: bool = True
 
 
-class Limits(_Section):
+class Limits(_Section, frozen=True, kw_only=True):
     """What one request may ask for. Sizes of keys in bits, as ETSI GS QKD 014 counts them."""
 
     key_size_bits: _Positive = 256
@@ -123,21 +123,21 @@ class Limits(_Section):
     request_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=9)] = 8.0
 
 
-class Quota(_Section):
+class Quota(_Section, frozen=True, kw_only=True):
     """Token bucket per SAE pair; 0 means no limit."""
 
     bytes_per_s: _Natural = 0
     burst_bytes: _Natural = 0
 
 
-class LogSection(_Section):
+class LogSection(_Section, frozen=True, kw_only=True):
     """JSON lines; ``file`` is null for standard error."""
 
     level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"
     file: str | None = None
 
 
-class NodeConfig(_Section):
+class NodeConfig(_Section, frozen=True, kw_only=True):
     """One node (KME). Paths are relative to the file's own folder."""
 
     kme_id: str

@@ -1,0 +1,106 @@
+"""Network files: the shipped ones load, wrong ones are refused by the name of the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mesh.errors import ConfigError
+from mesh.lab.networks import load_network, parse_network, shipped_networks
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "domain": "lab",
+        "nodes": [
+            {"id": "kme-a", "gateways": [{"id": "gw-a", "saes": ["sae-a"]}]},
+            {"id": "kme-b", "gateways": [{"id": "gw-b", "saes": ["sae-b"]}]},
+        ],
+        "links": [{"between": ["kme-b", "kme-a"]}],
+    }
+
+
+def parsed(data: dict[str, Any]) -> None:
+    parse_network(yaml.safe_dump(data), "here.yaml")
+
+
+@pytest.mark.parametrize("name", shipped_networks())
+def test_shipped_networks_load_and_make_a_valid_document(name: str) -> None:
+    network = load_network(name)
+    document = network.document()
+    assert document.domain_id == network.domain
+    assert set(document.nodes) == {node.id for node in network.nodes}
+
+
+def test_metro_is_the_papers_toronto() -> None:
+    network = load_network("metro")
+    assert [link.rate_bps for link in network.links] == [3_950_000, 2_890_000]
+    assert len(network.nodes) == 3
+    for end in (network.nodes[0], network.nodes[-1]):
+        assert sum(len(gateway.saes) for gateway in end.gateways) >= 2
+    homes = network.document()
+    first, *others = homes.saes
+    assert any(homes.home(first) != homes.home(other) for other in others)
+
+
+def test_a_users_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(minimal()))
+    assert load_network(str(file)).links[0].link_id == "kme-a--kme-b"
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(ConfigError, match="metro"):
+        load_network("no-such-network")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("nodes", 0, "id"), "KME A", r"nodes\[0\].id"),
+        (("nodes", 1, "id"), "kme-a", "kme-a is there twice"),
+        (("nodes", 1, "gateways", 0, "id"), "gw-a", "gw-a is there twice"),
+        (("nodes", 1, "gateways", 0, "saes"), ["sae-a"], "sae-a is there twice"),
+        (("nodes", 0, "gateways", 0, "saes"), ["Sae_A"], "saes"),
+        (("nodes", 0, "gateways"), [], "two different nodes"),
+        (("links", 0, "between"), ["kme-a", "kme-x"], r"links\[0\].between"),
+        (("links", 0, "between"), ["kme-a"], "between"),
+        (("links", 0, "rate"), 5, "rate"),
+        (("links", 0, "rate_bps"), -5, "rate_bps"),
+        (("links", 0, "one_way_delay_ms"), "slow", "one_way_delay_ms"),
+        (("links", 0, "buffer_bytes"), 1, r"links\[0\].buffer_bytes"),
+        (("grades",), {"default": {"grade": "magic"}}, "grades.default.grade"),
+        (("reserves",), {"high_water_bytes": 1, "low_water_bytes": 2}, "low_water_bytes"),
+        (("etcd",), {"members": 9}, "members"),
+        (("colour",), "blue", "colour"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(path: tuple[str | int, ...], value: object, named: str) -> None:
+    data = minimal()
+    parsed(data)
+    target: Any = data
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = value
+    with pytest.raises(ConfigError, match=named) as caught:
+        parsed(data)
+    assert "here.yaml" in str(caught.value)
+
+
+def test_delays_add_up_along_the_quickest_way() -> None:
+    data = minimal()
+    data["nodes"] += [{"id": "kme-c"}, {"id": "kme-d"}]
+    data["links"] = [
+        {"between": ["kme-a", "kme-b"], "one_way_delay_ms": 10},
+        {"between": ["kme-b", "kme-c"], "one_way_delay_ms": 5},
+        {"between": ["kme-a", "kme-c"], "one_way_delay_ms": 40},
+        {"between": ["kme-c", "kme-d"]},
+    ]
+    network = parse_network(yaml.safe_dump(data), "here.yaml")
+    assert network.delay_ms("kme-a", "kme-d") == 15
+    assert network.delay_ms("kme-d", "kme-a") == 15
+    assert network.delay_ms("kme-c", "kme-d") == 0
