@@ -108,14 +108,14 @@ async def _supervise(
     _LOG.info(
         "starting",
         extra={
-            "process": name,
+            "command": name,
             "pid": os.getpid(),
             "is_undumpable": hardening.is_undumpable,
             "is_memory_locked": hardening.is_locked,
         },
     )
     await task
-    _LOG.info("stopped", extra={"process": name})
+    _LOG.info("stopped", extra={"command": name})
 
 
 def _fail_group(name: str, group: BaseExceptionGroup[BaseException]) -> int:
@@ -131,6 +131,6 @@ def _fail_group(name: str, group: BaseExceptionGroup[BaseException]) -> int:
 
 
 def _fail(name: str, text: str, exc: BaseException | None, status: int) -> int:
-    _LOG.critical("process failed", extra={"process": name, "exit_status": status}, exc_info=exc)
+    _LOG.critical("process failed", extra={"command": name, "exit_status": status}, exc_info=exc)
     sys.stderr.write(f"keymesh: {name}: {text}\n")
     return status
