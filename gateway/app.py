@@ -1,0 +1,202 @@
+"""Builds one gateway: the ETSI 014 listener over a key service, and what surrounds it.
+
+Stateless: every durable fact lives in the node. Owns start, reload and drain. Certificates, the
+deny list and the mapping table follow their files; a table that does not fit is refused in words
+and the last good one stays in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from uuid import UUID
+
+from gateway.config import GatewayConfig
+from gateway.etsi014.routes import Etsi014
+from gateway.http import RestServer
+from gateway.identity import Caller, load_mapper, read_certificate
+from gateway.port import KeyService
+from gateway.telemetry import Telemetry
+from mesh.client import ConfigError
+from mesh.ops.audit import AuditLog, AuditValue
+from mesh.ops.denylist import DenyList
+from mesh.ops.http import OpsServer, split_host_port
+from mesh.ops.metrics import Metrics
+from mesh.ops.tls import ServerTls, TlsFiles
+from mesh.ops.watch import FileWatch
+
+_LOG = logging.getLogger("keymesh.gateway")
+
+
+class KeyAudit:
+    """``AuditTrail`` over the process's audit log: one line per key_ID, one write per call.
+
+    Args:
+        log: the log.
+    """
+
+    def __init__(self, log: AuditLog) -> None:
+        self._log = log
+
+    def keys_asked(
+        self,
+        *,
+        method: str,
+        master: str,
+        slave: str,
+        key_ids: Sequence[UUID],
+        result: str,
+        request_id: str,
+        additional_slaves: Sequence[str] = (),
+    ) -> None:
+        """See ``gateway.port.AuditTrail``.
+
+        Raises:
+            UnavailableError: the line could not be written; the keys must not leave.
+        """
+        common: dict[str, AuditValue] = {
+            "request_id": request_id,
+            "master": master,
+            "slave": slave,
+            "result": result,
+        }
+        if additional_slaves:
+            common["additional_slaves"] = list(additional_slaves)
+        if key_ids:
+            self._log.record_all(method, [{**common, "key_id": str(key_id)} for key_id in key_ids])
+        else:
+            self._log.record_all(method, [common])
+
+
+class Gateway:
+    """One running gateway.
+
+    Args:
+        config: its configuration.
+        base: directory that relative paths start from.
+        service: the node's key plane.
+        missing: what stands between the service and serving; empty means ready.
+        metrics: registry of the process.
+
+    Raises:
+        ConfigError: a certificate, table, deny list or audit log that cannot be used, in words.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        base: Path,
+        service: KeyService,
+        missing: Callable[[], Sequence[str]] = tuple,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._config = config
+        self._base = base
+        self._missing = missing
+        limits, tls = config.limits, config.tls
+        metrics = metrics or Metrics()
+        self._mapper = load_mapper(config.sae_mapping, domain_id=config.domain_id, base=base)
+        table = config.sae_mapping.table_file
+        self._table_watch = FileWatch([base / table] if table else [], interval_s=0)
+        self._deny_list = DenyList(base / tls.deny_list if tls.deny_list else None)
+        expiry = metrics.gauge("certificate_expiry_seconds", "End of the certificate.", ["use"])
+        self._tls = ServerTls(
+            TlsFiles(ca=base / tls.ca, cert=base / tls.cert, key=base / tls.key),
+            minimum=tls.min_version,
+            expiry=expiry.labels("rest"),
+        )
+        self._audit_log = AuditLog(base / config.audit_log)
+        self._api = Etsi014(
+            service,
+            audit=KeyAudit(self._audit_log),
+            profile=config.profile,
+            timeout_s=limits.request_timeout_s,
+        )
+        self._rest = RestServer(
+            self._api,
+            identify=self._identify,
+            is_denied=lambda caller: self._deny_list.denies(
+                fingerprint=caller.fingerprint, serial=caller.serial
+            ),
+            limits=limits,
+            telemetry=Telemetry(metrics),
+        )
+        self._ops = OpsServer(metrics, self._readiness)
+        self._listener: asyncio.Server | None = None
+        self._follower: asyncio.Task[None] | None = None
+        self.https_port = 0
+        self.http_port = 0
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ConfigError: an address cannot be bound.
+        """
+        config, loop = self._config, asyncio.get_running_loop()
+        host, port = split_host_port(config.listen.https)
+        try:
+            self._listener = await loop.create_server(
+                self._rest,
+                host,
+                port,
+                ssl=self._tls.context,
+                backlog=1024,
+                ssl_handshake_timeout=config.limits.handshake_timeout_s,
+                ssl_shutdown_timeout=1.0,
+            )
+        except OSError as error:
+            raise ConfigError(
+                "listen.https cannot be bound", facts={"host": host, "port": port, "cause": error.strerror}
+            ) from error
+        self.https_port = self._listener.sockets[0].getsockname()[1]
+        if config.listen.http is not None:
+            self.http_port = await self._ops.start(*split_host_port(config.listen.http))
+        self._follower = loop.create_task(self._follow_files(), name="follow files")
+        _LOG.info("listening", extra={"https_port": self.https_port, "http_port": self.http_port})
+
+    async def stop(self) -> None:
+        """Drain: no new connections, answer what is being asked, then end (bounded by ``drain_s``)."""
+        limits = self._config.limits
+        listener, self._listener = self._listener, None  # from here /readyz says no
+        if listener is not None:
+            await asyncio.sleep(limits.drain_delay_s)
+            listener.close()
+            await self._rest.drain(limits.drain_s)
+        if self._follower is not None:
+            self._follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._follower
+        await self._ops.stop()
+        self._audit_log.close()
+
+    def reload(self) -> None:
+        """Read the mapping table again now; a bad one changes nothing."""
+        try:
+            self._mapper = load_mapper(
+                self._config.sae_mapping, domain_id=self._config.domain_id, base=self._base
+            )
+        except ConfigError as error:
+            _LOG.error("mapping table refused, the last one stays in force", extra={"cause": str(error)})
+            return
+        self._rest.identities_changed()
+        _LOG.info("mapping table read")
+
+    def _identify(self, der: bytes) -> Caller:
+        return self._mapper.identify(read_certificate(der))
+
+    def _readiness(self) -> Sequence[str]:
+        if self._listener is None:
+            return ["not listening"]
+        return self._missing()
+
+    async def _follow_files(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.limits.reload_poll_s)
+            self._tls.reload_if_changed()
+            if self._table_watch.changed():
+                self.reload()

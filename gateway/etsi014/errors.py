@@ -1,0 +1,141 @@
+"""What an SAE reads when a request fails (ETSI GS QKD 014 V1.1.1, Table 13 and clause 6).
+
+Owns the one table from ``ErrorReason`` to HTTP status, and the message texts that the standard
+fixes. A 401 has no body; every other error is an ``Error`` object: ``message`` and ``details``,
+an array of objects. Nothing here tells which of several key_IDs failed, or that a key exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Final
+
+import msgspec
+
+from mesh.client import CallerError, ErrorReason, MeshError, ShortageError, UnavailableError
+
+# Clause 6: texts that clients compare literally.
+SIZE_NOT_BYTES: Final = "size shall be a multiple of 8"
+MANDATORY_UNSUPPORTED: Final = "not all extension_mandatory parameters are supported"
+MANDATORY_NOT_MET: Final = "not all extension_mandatory request options could be met"
+KEY_NOT_FOUND: Final = "one or more keys specified are not found on KME"
+KEY_ACCESS_ERROR: Final = "key data access error"
+
+DEFAULT_RETRY_AFTER_S: Final = 1
+MAX_RETRY_AFTER_S: Final = 3600
+
+Details = Sequence[Mapping[str, object]]
+
+_STATUS_OF_REASON: Final[Mapping[ErrorReason, int]] = {
+    ErrorReason.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
+    ErrorReason.LIMIT_EXCEEDED: HTTPStatus.BAD_REQUEST,
+    ErrorReason.UNKNOWN_SAE: HTTPStatus.BAD_REQUEST,
+    ErrorReason.UNKNOWN_KEY: HTTPStatus.BAD_REQUEST,
+    ErrorReason.NOT_AUTHORIZED: HTTPStatus.UNAUTHORIZED,
+}
+
+
+class HttpRefusal(Exception):  # noqa: N818 - it is a refusal, not a fault of ours
+    """A request that HTTP itself refuses, before any key rule is asked.
+
+    Args:
+        status: 400, 401, 404, 405, 413, 415 or 503.
+        message: for a person; names the member, header or path at fault.
+        reason: stable word for metrics and logs.
+        allow: the methods of a 405, for its ``Allow`` header.
+        details: name/value objects for the Error body.
+        close: True if the connection cannot go on, for instance with a body left unread.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        reason: str,
+        allow: str = "",
+        details: Details = (),
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.reason = reason
+        self.allow = allow
+        self.details = details
+        self.close = close
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """One error as it goes out: ``body`` is empty for 401, else a JSON Error object."""
+
+    status: int
+    body: bytes
+    reason: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    close: bool = False
+
+
+def refuse(message: str, **details: object) -> CallerError:
+    """A 400 with a free text and one detail object per keyword."""
+    return CallerError(message, facts=details)
+
+
+def error_body(message: str, details: Details = ()) -> bytes:
+    """The Error object of Table 13 as compact JSON."""
+    document: dict[str, object] = {"message": message}
+    if details:
+        document["details"] = list(details)
+    return msgspec.json.encode(document)
+
+
+def answer_refusal(refusal: HttpRefusal) -> ErrorAnswer:
+    """The answer for what HTTP itself refused."""
+    headers: dict[str, str] = {}
+    details: list[Mapping[str, object]] = [{"reason": refusal.reason}, *refusal.details]
+    if refusal.allow:
+        headers["Allow"] = refusal.allow
+    if refusal.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = str(DEFAULT_RETRY_AFTER_S)
+        details.append({"retry_after_s": DEFAULT_RETRY_AFTER_S})
+    body = b"" if refusal.status == HTTPStatus.UNAUTHORIZED else error_body(refusal.message, details)
+    return ErrorAnswer(refusal.status, body, refusal.reason, headers, refusal.close)
+
+
+def answer_error(error: MeshError, *, unknown_key_status: int = HTTPStatus.BAD_REQUEST) -> ErrorAnswer:
+    """The answer for an error of the key plane.
+
+    Args:
+        error: what the node, its client or the decoder raised.
+        unknown_key_status: 400 by the standard; 404 for the profile that some clients demand.
+
+    Returns:
+        400, 401 (empty), 404 or 503. Any reason without a row of its own is the server's side:
+        503, with ``Retry-After``.
+    """
+    status = _STATUS_OF_REASON.get(error.reason, HTTPStatus.SERVICE_UNAVAILABLE)
+    reason = str(error.reason)
+    if status == HTTPStatus.UNAUTHORIZED:
+        return ErrorAnswer(status, b"", reason)
+    if error.reason is ErrorReason.UNKNOWN_KEY:
+        return ErrorAnswer(unknown_key_status, error_body(KEY_NOT_FOUND, [{"reason": reason}]), reason)
+    details: list[Mapping[str, object]] = [{"reason": reason}]
+    if status == HTTPStatus.BAD_REQUEST:
+        details += _as_details(error.facts)
+        return ErrorAnswer(status, error_body(error.message, details), reason)
+    retry_after_s = min(max(math.ceil(error.retry_after_s), DEFAULT_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+    message = KEY_ACCESS_ERROR
+    if isinstance(error, ShortageError | UnavailableError):
+        message = error.message
+        details += _as_details(error.facts)
+    details.append({"retry_after_s": retry_after_s})
+    return ErrorAnswer(status, error_body(message, details), reason, {"Retry-After": str(retry_after_s)})
+
+
+def _as_details(facts: Mapping[str, object]) -> list[Mapping[str, object]]:
+    plain = (str, int, float, list, tuple)
+    return [{name: value if isinstance(value, plain) else str(value)} for name, value in facts.items()]

@@ -1,0 +1,50 @@
+"""Counts of the gateway: by method, code and reason. No SAE, no key_ID, no size of any key."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gateway.etsi014.routes import METHODS
+from mesh.ops.metrics import Metrics
+
+
+class _Increment(Protocol):
+    def inc(self, amount: float = 1) -> None: ...
+
+
+class _Observe(Protocol):
+    def observe(self, amount: float) -> None: ...
+
+
+class Telemetry:
+    """The metrics of one gateway; children are looked up once, for the hot path.
+
+    Args:
+        metrics: registry of the process.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._requests = metrics.counter("gateway_requests", "Requests answered.", ["method", "code"])
+        self._seconds = metrics.histogram(
+            "gateway_request_seconds", "From a request's header to its answer.", ["method"]
+        )
+        self._errors = metrics.counter("gateway_errors", "Requests refused or failed.", ["method", "reason"])
+        self.connections = metrics.gauge("gateway_connections", "Open TLS connections.")
+        self._counters: dict[tuple[str, int], _Increment] = {}
+        self._histograms: dict[str, _Observe] = {
+            method: self._seconds.labels(method) for method in (*METHODS, "other")
+        }
+
+    def answered(self, method: str, code: int, reason: str, seconds: float) -> None:
+        """One request was answered; ``reason`` is empty for a 200."""
+        counter = self._counters.get((method, code))
+        if counter is None:
+            counter = self._counters[method, code] = self._requests.labels(method, str(code))
+        counter.inc()
+        self._histograms[method].observe(seconds)
+        if reason:
+            self._errors.labels(method, reason).inc()
+
+    def failed(self, method: str, reason: str) -> None:
+        """Something ended without an answer."""
+        self._errors.labels(method, reason).inc()
