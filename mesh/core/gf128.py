@@ -30,12 +30,17 @@ KEY_BYTES = 48
 TAG_BYTES = 16
 _BLOCK = 16
 _MASK = (1 << 128) - 1
-#: Up to this many blocks one byte-wise table and Python integers are fastest.
-_SMALL_BLOCKS = 48
+#: Up to here one table of 256 products and Python integers win: about 1.8 µs a block, against
+#: a fixed 50 µs for the tables of the lanes.
+_SMALL_BLOCKS = 64
+#: What shifting a polynomial of degree 127 up by one adds: nothing, or the modulus.
+_OVERFLOW = (0, 1 << 128 | 0x87)
 
 
 def secret_tag(u: Buffer, header: Buffer, secret: Buffer) -> bytes:
     """The 16-byte tag t of ``header`` and ``secret`` under the 48-byte key ``u``.
+
+    Table look-ups depend on the key: do not run this beside untrusted tenants of one core.
 
     Raises:
         ValueError: ``u`` is not 48 bytes.
@@ -43,10 +48,9 @@ def secret_tag(u: Buffer, header: Buffer, secret: Buffer) -> bytes:
     if len(u) != KEY_BYTES:
         raise ValueError("the tag key has 48 bytes")
     c = int.from_bytes(u[:16], "little")
-    d = int.from_bytes(u[16:32], "little")
     message = b"".join(
         (
-            u[32:],
+            u[16:],  # d and e are the blocks before y_1: t = d + c * (e + c * (y_1 + c * (..)))
             header,
             bytes(-len(header) % _BLOCK),
             secret,
@@ -55,9 +59,27 @@ def secret_tag(u: Buffer, header: Buffer, secret: Buffer) -> bytes:
             len(secret).to_bytes(8, "little"),
         )
     )
+    return _evaluate(message, c).to_bytes(TAG_BYTES, "little")
+
+
+def _evaluate(message: bytes, c: int) -> int:
+    """Sum of c^j times the j-th 16-byte block of ``message``, j from 0."""
+    while (count := len(message) // _BLOCK) > _SMALL_BLOCKS:
+        message = _fold(message, c, doublings=min(10, max(4, count.bit_length() - 6)))
     table = _byte_table(c)
-    value = _evaluate(message, c, table)
-    return (d ^ _times(table, value)).to_bytes(TAG_BYTES, "little")
+    value = 0
+    for at in reversed(range(0, len(message), _BLOCK)):
+        value = _times(table, value) ^ int.from_bytes(message[at : at + _BLOCK], "little")
+    return value
+
+
+def _byte_table(c: int) -> list[int]:
+    """The 256 products of ``c`` and a polynomial of degree < 8, not reduced."""
+    table = [0]
+    for bit in range(8):
+        shifted = c << bit
+        table += [entry ^ shifted for entry in table]
+    return table
 
 
 def _times(table: list[int], value: int) -> int:
@@ -76,68 +98,55 @@ def _reduce(product: int) -> int:
     return product & _MASK ^ high ^ high << 1 ^ high << 2 ^ high << 7
 
 
-def _byte_table(c: int) -> list[int]:
-    """The 256 products of ``c`` and a polynomial of degree < 8, not reduced."""
-    table = [0]
-    for bit in range(8):
-        shifted = c << bit
-        table += [entry ^ shifted for entry in table]
-    return table
-
-
-def _evaluate(message: bytes, c: int, table: list[int]) -> int:
-    """Sum of c^j times the j-th 16-byte block of ``message``, j from 0."""
-    count = len(message) // _BLOCK
-    if count > _SMALL_BLOCKS:
-        return _evaluate_lanes(np.frombuffer(message, np.uint64).reshape(count, 2), c, table)
-    value = 0
-    for at in reversed(range(0, len(message), _BLOCK)):
-        value = _times(table, value) ^ int.from_bytes(message[at : at + _BLOCK], "little")
-    return value
-
-
-def _evaluate_lanes(blocks: NDArray[np.uint64], c: int, table: list[int]) -> int:
-    """The same for many blocks: L interleaved lanes advance by c^L, then are themselves evaluated.
-
-    Row r of L blocks counts c^(r*L) times its own value, so one multiplication by c^L serves
-    a whole row: sixteen table look-ups, one per byte, each fetching a 16-byte product.
-    """
-    count = len(blocks)
-    doublings = max(4, min(12, (count.bit_length() - 1) - 4))
-    lanes = 1 << doublings
-    power = c
-    for _ in range(doublings):
-        power = _square(power)
-    tables = _position_tables(power)
-    state = np.zeros((lanes, 2), np.uint64)
-    top = (count - 1) // lanes * lanes
-    state[: count - top] = blocks[top:]
-    indices = np.empty((_BLOCK, lanes), np.intp)
-    products = np.empty(lanes, np.complex128)
-    words = products.view(np.uint64).reshape(lanes, 2)
-    for row in range(top - lanes, -1, -lanes):
-        indices[:] = state.view(np.uint8).reshape(lanes, _BLOCK).T
-        state = blocks[row : row + lanes].copy()
-        for position in range(_BLOCK):
-            tables[position].take(indices[position], None, products, "wrap")
-            state ^= words
-    return _evaluate(state.tobytes(), c, table)
-
-
 def _square(value: int) -> int:
-    """The square: in characteristic 2 the bits move apart, then the result is reduced."""
+    """The square: in characteristic 2 the bits just move apart; then reduced."""
     return _reduce(int(f"{value:b}", 4))
 
 
+def _fold(message: bytes, c: int, doublings: int) -> bytes:
+    """A message of 2^doublings blocks with the same value at ``c``.
+
+    The blocks are dealt to L = 2^doublings interleaved lanes. A row of L blocks is worth c^L
+    times the row before it, so Horner's rule advances all lanes by one multiplication with
+    the constant c^L: sixteen look-ups per block, one per byte, each of a 16-byte product.
+    """
+    lanes = 1 << doublings
+    for _ in range(doublings):
+        c = _square(c)
+    products = _position_tables(c)
+    words = np.frombuffer(message, "<u8")
+    top = (len(words) - 1) // (2 * lanes) * (2 * lanes)
+    state = np.zeros(2 * lanes, np.uint64)
+    state[: len(words) - top] = words[top:]
+    state_bytes = state.view(np.uint8).reshape(lanes, _BLOCK).T
+    # Cell 256 * position + byte: byte 1 of every index stays the position, byte 0 is the lane's.
+    cells = np.zeros((_BLOCK, lanes, 8), np.uint8)
+    cells[:, :, 1] = np.arange(_BLOCK, dtype=np.uint8)[:, None]
+    low_bytes = cells[:, :, 0]
+    indices = cells.view("<i8").reshape(_BLOCK, lanes)
+    found = np.empty((_BLOCK, lanes), np.complex128)
+    found_words = found.view(np.uint64)
+    for row in range(top - 2 * lanes, -1, -2 * lanes):
+        low_bytes[:] = state_bytes
+        products.take(indices, None, found, "wrap")
+        np.bitwise_xor.reduce(found_words, axis=0, out=state)
+        state ^= words[row : row + 2 * lanes]
+    return state.tobytes()
+
+
 def _position_tables(c: int) -> NDArray[np.complex128]:
-    """Shape (16, 256): entry (i, v) is v * x^(8*i) * c; a complex128 is a 16-byte cell, never a number."""
-    basis = bytearray()
+    """4096 cells: number 256 * i + v is v * x^(8*i) * c. A complex128 is a 16-byte cell, never a number."""
+    shifted = []
     for _ in range(128):
-        basis += c.to_bytes(_BLOCK, "little")
-        c = (c << 1) ^ (0x87 | 1 << 128 if c >> 127 else 0)
-    steps = np.frombuffer(basis, np.uint64).reshape(_BLOCK, 8, 1, 2)
-    table = np.zeros((_BLOCK, 256, 2), np.uint64)
-    for bit in range(8):
+        shifted.append(c)
+        c = c << 1 ^ _OVERFLOW[c >> 127]
+    basis = np.frombuffer(b"".join([one.to_bytes(_BLOCK, "little") for one in shifted]), "<u8")
+    steps = basis.reshape(32, 4, 2)
+    # Word, nibble position, nibble value: products of four bits, then of two such halves of a byte.
+    nibbles = np.zeros((2, 32, 16), np.uint64)
+    for bit in range(4):
         done = 1 << bit
-        np.bitwise_xor(table[:, :done], steps[:, bit], out=table[:, done : 2 * done])
-    return table.view(np.complex128).reshape(_BLOCK, 256)
+        np.bitwise_xor(nibbles[:, :, :done], steps[:, bit].T[:, :, None], out=nibbles[:, :, done : 2 * done])
+    table = np.empty((16, 16, 16, 2), np.uint64)
+    np.bitwise_xor(nibbles[:, 1::2, :, None], nibbles[:, ::2, None, :], out=table.transpose(3, 0, 1, 2))
+    return table.view(np.complex128).reshape(4096)

@@ -103,21 +103,33 @@ class PairTagger:
         epoch, slot, size_bytes = address
         if not (0 <= epoch <= MAX_EPOCH and 0 <= slot <= MAX_SLOT and 0 < size_bytes <= MAX_SIZE_BYTES):
             raise ValueError("the key address does not fit a key_id")
+        size = size_bytes - 1
+        high = epoch << 52 | slot << 16 | _VERSION | size >> 1
+        return _HALVES.pack(high, self._low(epoch << 36 | slot, size, tag_part))
+
+    def matches(self, key_id: Buffer, tag_part: Buffer) -> bool:
+        """Whether ``issue`` gives this key_ID for the address it names; constant-time compare.
+
+        Raises:
+            struct.error: the tag part is not 16 bytes.
+        """
+        if parse(key_id) is None:
+            return False
+        high, low = _HALVES.unpack(key_id)
+        expected = self._low(high >> 16, (high & 0xFFF) << 1 | low >> 61 & 1, tag_part)
+        return hmac.compare_digest(_HALVES.pack(high, expected), key_id)
+
+    def _low(self, where: int, size: int, tag_part: Buffer) -> int:
+        """Bits 64-127: variant, lowest bit of the size field, tag."""
+        c: int
+        d: int
         c, d = _WORDS.unpack(tag_part)
         c &= _P
         total = 0
         for block in self._blocks:
             total = (total + block) * c % _P
-        size = size_bytes - 1
-        total = (((total + size) * c + (epoch << 36 | slot)) * c + (d & _P)) % _P
-        return _HALVES.pack(
-            epoch << 52 | slot << 16 | _VERSION | size >> 1, _VARIANT | (size & 1) << 61 | total
-        )
-
-    def matches(self, key_id: Buffer, tag_part: Buffer) -> bool:
-        """Whether ``issue`` gave this key_ID for the address it names; constant-time compare."""
-        address = parse(key_id)
-        return address is not None and hmac.compare_digest(self.issue(address, tag_part), key_id)
+        total = (((total + size) * c + where) * c + (d & _P)) % _P
+        return _VARIANT | (size & 1) << 61 | total
 
 
 def parse(key_id: Buffer) -> KeyAddress | None:

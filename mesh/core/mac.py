@@ -2,9 +2,10 @@
 
 Both halves of the key, r and s, are fresh pad bytes, so the tag is information-
 theoretically secure: a forgery over L bytes passes with probability at most
-8*ceil(L/16)/2^106 per attempt (``reference`` section "ITS authentication of each
-relayed message"; RFC 8439 section 2.5 for the function). Must not be used twice
-with one key: whoever passes the key has claimed it (protocol 1.5).
+8*ceil(L/16)/2^106 per attempt (Bernstein, The Poly1305-AES message-authentication
+code, theorem 3.3, with a fresh s in place of AES; RFC 8439 section 2.5 for the
+function). Must not be used twice with one key: whoever passes the key has claimed
+it (protocol 1.5).
 """
 
 from __future__ import annotations

@@ -10,8 +10,11 @@ import numpy as np
 
 from mesh.core.secret import Buffer
 
-#: Up to here two int conversions beat NumPy's fixed cost of about 2 µs.
-_SMALL_BYTES = 1024
+#: Up to here two int conversions beat NumPy's fixed cost of about 1.5 µs.
+_SMALL_BYTES = 512
+#: Larger operands go piece by piece: temporaries stay in the cache and below the size from
+#: which the allocator maps, and the kernel clears, fresh pages for each (ten times slower).
+_PIECE_BYTES = 1 << 16
 
 
 def xor(a: Buffer, b: Buffer) -> bytes:
@@ -25,7 +28,12 @@ def xor(a: Buffer, b: Buffer) -> bytes:
         raise ValueError("operands of xor differ in length")
     if size <= _SMALL_BYTES:
         return (int.from_bytes(a, "little") ^ int.from_bytes(b, "little")).to_bytes(size, "little")
-    return np.bitwise_xor(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)).tobytes()
+    left, right = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
+    if size <= _PIECE_BYTES:
+        return (left ^ right).tobytes()
+    ends = range(_PIECE_BYTES, size + _PIECE_BYTES, _PIECE_BYTES)
+    pieces = (left[end - _PIECE_BYTES : end] ^ right[end - _PIECE_BYTES : end] for end in ends)
+    return b"".join([piece.data for piece in pieces])
 
 
 def xor_into(target: bytearray, pad: Buffer) -> None:

@@ -19,6 +19,7 @@ from mesh.core.otp import xor
 from mesh.core.secret import Buffer
 
 MAX_SHARES = 16
+_PIECE_BYTES = 1 << 15
 #: Shares longer than this are first compared by random combinations of this many columns.
 _DIGEST_BYTES = 4096
 
@@ -53,8 +54,8 @@ def derive(k: int, n: int, first: Sequence[Buffer]) -> tuple[bytes, list[bytes]]
     """
     if not 1 <= k <= n <= MAX_SHARES or len(first) != k:
         raise ValueError(f"no ({k},{n}) sharing of {len(first)} shares")
-    shares = dict(enumerate(first, 1))
-    return combine(shares), [evaluate(shares, x) for x in range(k + 1, n + 1)]
+    secret, *derived = _values(dict(enumerate(first, 1)), (0, *range(k + 1, n + 1)))
+    return secret, derived
 
 
 def combine(shares: Mapping[int, Buffer]) -> bytes:
@@ -76,13 +77,37 @@ def evaluate(shares: Mapping[int, Buffer], x: int) -> bytes:
     Raises:
         ValueError: no shares, an index outside 1..16, or lengths that differ.
     """
-    total: bytes | None = None
-    for factor, share in zip(_lagrange(tuple(shares), x), shares.values(), strict=True):
-        term = scale(share, factor)
-        total = term if total is None else xor(total, term)
-    if total is None:
-        raise ValueError("no shares to combine")
-    return total
+    return _values(shares, (x,))[0]
+
+
+def _values(shares: Mapping[int, Buffer], points: Sequence[int]) -> list[bytes]:
+    """The values at several points, in pieces that keep all temporaries in the cache."""
+    factors = [_lagrange(tuple(shares), x) for x in points]
+    views = [memoryview(share) for share in shares.values()]
+    if not views or any(len(view) != len(views[0]) for view in views):
+        raise ValueError("no shares, or shares that differ in length")
+    if len(views) == 1:
+        return [bytes(share) for share in shares.values()] * len(points)
+    if len(views[0]) <= _PIECE_BYTES:
+        return _piece(views, factors)
+    pieces = [
+        _piece([view[at : at + _PIECE_BYTES] for view in views], factors)
+        for at in range(0, len(views[0]), _PIECE_BYTES)
+    ]
+    return [b"".join(column) for column in zip(*pieces, strict=True)]
+
+
+def _piece(views: Sequence[memoryview], factors: Sequence[tuple[int, ...]]) -> list[bytes]:
+    """Lagrange sums; the factors of a point add up to 1, so the first share needs no product."""
+    base = bytes(views[0])
+    differences = [xor(base, view) for view in views[1:]]
+    values = []
+    for row in factors:
+        total = base
+        for factor, difference in zip(row[1:], differences, strict=True):
+            total = xor(total, scale(difference, factor))
+        values.append(total)
+    return values
 
 
 def find_secret(
