@@ -34,16 +34,14 @@ class LinkMessage(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     frame: _builtins.bytes
     """A sealed frame: fixed header, metadata (FrameMeta), ciphertext, tag.
-    At most 1 MiB of pad and 64 KiB of metadata.
+    At most 1 MiB of pad and 64 KiB of metadata (a network document aside).
+    """
+    offer: _builtins.bytes
+    """A serialised BlockOffer, at first contact outside frames; authenticated
+    by bytes of the block itself.
     """
     @_builtins.property
     def greeting(self) -> Global___Greeting: ...
-    @_builtins.property
-    def offer(self) -> Global___BlockOffer:
-        """A block offer, at first contact outside frames; authenticated by bytes
-        of the block itself.
-        """
-
     @_builtins.property
     def answer(self) -> Global___BlockAnswer: ...
     def __init__(
@@ -51,7 +49,7 @@ class LinkMessage(_message.Message):
         *,
         greeting: Global___Greeting | None = ...,
         frame: _builtins.bytes = ...,
-        offer: Global___BlockOffer | None = ...,
+        offer: _builtins.bytes = ...,
         answer: Global___BlockAnswer | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "body", b"body", "frame", b"frame", "greeting", b"greeting", "offer", b"offer"]  # noqa: Y015
@@ -66,8 +64,8 @@ Global___LinkMessage: _TypeAlias = LinkMessage  # noqa: Y015
 
 @_typing.final
 class Greeting(_message.Message):
-    """In clear; moves no mark and latches nothing. Both greetings are covered by
-    the tag of each hello.
+    """In clear; moves no mark and latches nothing. The tag of each hello covers
+    both greetings byte for byte.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -142,6 +140,7 @@ class FrameMeta(_message.Message):
     OFFERS_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
     NETWORK_DOCUMENT_FIELD_NUMBER: _builtins.int
+    DISCARDED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
     receive_position: _builtins.int
     """The sender's position as the reader of the other lane, in bytes."""
     receive_epoch: _builtins.int
@@ -159,11 +158,19 @@ class FrameMeta(_message.Message):
         """Shares, in the order of their bytes: all raw ones first."""
 
     @_builtins.property
-    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockOffer]:
-        """Block messages once hellos have verified (their own tags stay)."""
+    def offers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Block messages once hellos have verified (their own tags stay); offers
+        serialised, so that they are resent byte for byte.
+        """
 
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockAnswer]: ...
+    @_builtins.property
+    def discarded_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Ids of blocks that the leader has discarded, the latest 32, in its hello:
+        a verdict in clear may have been forged, and both ends must agree.
+        """
+
     def __init__(
         self,
         *,
@@ -171,13 +178,14 @@ class FrameMeta(_message.Message):
         receive_position: _builtins.int = ...,
         receive_epoch: _builtins.int = ...,
         shares: _abc.Iterable[Global___ShareItem] | None = ...,
-        offers: _abc.Iterable[Global___BlockOffer] | None = ...,
+        offers: _abc.Iterable[_builtins.bytes] | None = ...,
         answers: _abc.Iterable[Global___BlockAnswer] | None = ...,
         network_document: _builtins.bytes = ...,
+        discarded_block_ids: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "hello", b"hello", "network_document", b"network_document", "offers", b"offers", "receive_epoch", b"receive_epoch", "receive_position", b"receive_position", "shares", b"shares"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "discarded_block_ids", b"discarded_block_ids", "hello", b"hello", "network_document", b"network_document", "offers", b"offers", "receive_epoch", b"receive_epoch", "receive_position", b"receive_position", "shares", b"shares"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,7 +201,7 @@ class Hello(_message.Message):
     TRANSMIT_MARK_FIELD_NUMBER: _builtins.int
     KNOWN_INCARNATION_FIELD_NUMBER: _builtins.int
     DOCUMENT_SERIAL_FIELD_NUMBER: _builtins.int
-    GREETINGS_DIGEST_FIELD_NUMBER: _builtins.int
+    WINDOW_BYTES_FIELD_NUMBER: _builtins.int
     is_dialler: _builtins.bool
     """True when sent by the dialler."""
     receive_position: _builtins.int
@@ -205,8 +213,8 @@ class Hello(_message.Message):
     """The latest incarnation of the other end on record here; empty if none."""
     document_serial: _builtins.int
     """Serial of the signed network document held; 0 if none."""
-    greetings_digest: _builtins.bytes
-    """SHA-256 over both greetings as sent, dialler's first."""
+    window_bytes: _builtins.int
+    """The sender's window W in bytes; the narrower of the two counts."""
     def __init__(
         self,
         *,
@@ -216,11 +224,11 @@ class Hello(_message.Message):
         transmit_mark: _builtins.int = ...,
         known_incarnation: _builtins.bytes = ...,
         document_serial: _builtins.int = ...,
-        greetings_digest: _builtins.bytes = ...,
+        window_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_serial", b"document_serial", "greetings_digest", b"greetings_digest", "is_dialler", b"is_dialler", "known_incarnation", b"known_incarnation", "receive_mark", b"receive_mark", "receive_position", b"receive_position", "transmit_mark", b"transmit_mark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_serial", b"document_serial", "is_dialler", b"is_dialler", "known_incarnation", b"known_incarnation", "receive_mark", b"receive_mark", "receive_position", b"receive_position", "transmit_mark", b"transmit_mark", "window_bytes", b"window_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,11 +312,10 @@ class BlockOffer(_message.Message):
     tag: _builtins.bytes
     """One-time tag over all of the above and the lane bytes, under the block's
     first 32 bytes.
-    Offered when sent again, byte for byte, after a cut.
     """
     @_builtins.property
     def device_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Device key ids whose bytes, in this order, make up the block; at most 256."""
+        """Device key ids whose bytes, in this order, make up the block; at most 1024."""
 
     def __init__(
         self,
