@@ -1,0 +1,72 @@
+"""The database schema and its migrations; ``docs/formats.md`` is its description.
+
+``user_version`` is the number of migrations applied. A migration is never edited
+once released: add one. All tables are STRICT; times are seconds since 1970, sizes
+and offsets bytes, slots counts of 48-byte slots.
+"""
+
+from __future__ import annotations
+
+APPLICATION_ID = 0x4B4D5348  # "KMSH"
+
+_VERSION_1 = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE serials (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE incarnations (number INTEGER PRIMARY KEY AUTOINCREMENT, id BLOB NOT NULL UNIQUE) STRICT;
+CREATE TABLE peers (
+    peer TEXT PRIMARY KEY, incarnation BLOB, is_proven INTEGER NOT NULL,
+    document_serial INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE lanes (
+    lane_id INTEGER PRIMARY KEY AUTOINCREMENT, peer TEXT NOT NULL, is_outbound INTEGER NOT NULL,
+    epoch INTEGER NOT NULL, mark INTEGER NOT NULL, root BLOB, is_settled INTEGER NOT NULL,
+    UNIQUE (peer, is_outbound)) STRICT;
+CREATE TABLE blocks (
+    block_id BLOB PRIMARY KEY, lane_id INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+    state TEXT NOT NULL, message BLOB NOT NULL, answer BLOB, is_leader INTEGER NOT NULL) STRICT;
+CREATE INDEX blocks_by_lane ON blocks (lane_id, start);
+CREATE TABLE extents (
+    lane_id INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, file TEXT NOT NULL,
+    file_offset INTEGER NOT NULL, state TEXT NOT NULL,
+    PRIMARY KEY (lane_id, start)) STRICT, WITHOUT ROWID;
+CREATE TABLE reserves (
+    reserve_id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, target TEXT NOT NULL,
+    epoch INTEGER NOT NULL, grade TEXT NOT NULL, is_outbound INTEGER NOT NULL,
+    assign_mark INTEGER NOT NULL, draw_mark INTEGER NOT NULL, retired_below INTEGER NOT NULL,
+    state TEXT NOT NULL, UNIQUE (source, target, epoch)) STRICT;
+CREATE TABLE reserve_epochs (
+    source TEXT NOT NULL, target TEXT NOT NULL, highest INTEGER NOT NULL,
+    PRIMARY KEY (source, target)) STRICT, WITHOUT ROWID;
+CREATE TABLE appends (
+    reserve_id INTEGER NOT NULL, first_slot INTEGER NOT NULL, count INTEGER NOT NULL, kind TEXT NOT NULL,
+    file TEXT NOT NULL, file_offset INTEGER NOT NULL, inline BLOB, confirm BLOB, confirm_tag BLOB,
+    is_confirmed INTEGER NOT NULL, created_s INTEGER NOT NULL,
+    PRIMARY KEY (reserve_id, first_slot)) STRICT;
+CREATE TABLE used_slots (
+    reserve_id INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+    PRIMARY KEY (reserve_id, start)) STRICT, WITHOUT ROWID;
+CREATE TABLE draw_times (
+    reserve_id INTEGER NOT NULL, slot INTEGER NOT NULL, at_s INTEGER NOT NULL,
+    PRIMARY KEY (reserve_id, slot)) STRICT, WITHOUT ROWID;
+CREATE TABLE wrong_tags (
+    slave TEXT NOT NULL, master TEXT NOT NULL, day INTEGER NOT NULL, count INTEGER NOT NULL,
+    PRIMARY KEY (slave, master, day)) STRICT, WITHOUT ROWID;
+CREATE TABLE stored_keys (
+    master TEXT NOT NULL, key_id BLOB NOT NULL, value BLOB NOT NULL, expires_at_s INTEGER NOT NULL,
+    origin_domain TEXT NOT NULL, grade TEXT NOT NULL, state TEXT NOT NULL,
+    PRIMARY KEY (master, key_id)) STRICT;
+CREATE INDEX stored_keys_by_expiry ON stored_keys (expires_at_s);
+CREATE TABLE stored_key_slaves (
+    master TEXT NOT NULL, key_id BLOB NOT NULL, slave TEXT NOT NULL, is_delivered INTEGER NOT NULL,
+    PRIMARY KEY (master, key_id, slave)) STRICT, WITHOUT ROWID;
+CREATE TABLE jobs (
+    job_id BLOB PRIMARY KEY, number INTEGER NOT NULL, kind TEXT NOT NULL, peer TEXT NOT NULL,
+    state TEXT NOT NULL, payload BLOB NOT NULL, result BLOB, next_try_s INTEGER NOT NULL,
+    attempts INTEGER NOT NULL, UNIQUE (peer, number)) STRICT;
+CREATE TABLE inbound_results (
+    source TEXT NOT NULL, job_id BLOB NOT NULL, number INTEGER NOT NULL, result BLOB NOT NULL,
+    PRIMARY KEY (source, job_id)) STRICT;
+CREATE INDEX inbound_results_by_number ON inbound_results (source, number);
+"""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1,)
+VERSION = len(MIGRATIONS)
