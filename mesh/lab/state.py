@@ -1,0 +1,114 @@
+"""What a lab's directory holds, and the two files that say what runs.
+
+``lab.json`` is for users and harnesses (its shape is documented in docs/lab.md and
+does not change within ``version`` 1); ``processes.json`` is the lab's own. Both are
+replaced at once, under one lock, so that readers never see half and two commands never
+mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mesh.errors import ConfigError
+from mesh.lab.processes import Process
+from mesh.pki.authority import write_file
+
+OWN_ENTRIES = frozenset(
+    {"lab.json", "processes.json", ".lock", "pki", "config", "data", "etcd", "log", "audit", "network"}
+)
+"""What the lab writes in its directory; a start replaces just these."""
+
+
+class LabDirectory:
+    """Paths of one lab, and reading and writing its two files.
+
+    Args:
+        root: the lab's directory; made absolute.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.pki = self.root / "pki"
+        self.config = self.root / "config"
+        self.data = self.root / "data"
+        self.etcd = self.root / "etcd"
+        self.log = self.root / "log"
+        self.audit = self.root / "audit"
+        self.network = self.root / "network"
+        self.lab_file = self.root / "lab.json"
+        self.processes_file = self.root / "processes.json"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other lab commands off this directory's files.
+
+        Raises:
+            ConfigError: there is no such directory.
+        """
+        try:
+            stream = (self.root / ".lock").open("a")
+        except OSError as error:
+            raise ConfigError(f"no lab at {self.root}: {error.strerror}") from error
+        with stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+    def log_of(self, process_id: str) -> Path:
+        """The log of a process."""
+        return self.log / f"{process_id}.log"
+
+    def read_lab(self) -> dict[str, Any]:
+        """Read ``lab.json``.
+
+        Raises:
+            ConfigError: there is none, or it is not one.
+        """
+        try:
+            lab = msgspec.json.decode(self.lab_file.read_bytes(), type=dict[str, Any])
+        except OSError as error:
+            raise ConfigError(f"no lab at {self.root}: start one with keymesh lab up") from error
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{self.lab_file} is damaged: {error}") from error
+        return lab
+
+    def read_processes(self) -> list[Process]:
+        """Read ``processes.json``; empty if there is none.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        try:
+            return msgspec.json.decode(self.processes_file.read_bytes(), type=list[Process])
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.DecodeError) as error:
+            raise ConfigError(f"{self.processes_file} cannot be read: {error}") from error
+
+    def write_lab(self, lab: dict[str, Any]) -> None:
+        """Replace ``lab.json`` at once."""
+        write_file(self.lab_file, msgspec.json.format(msgspec.json.encode(lab)) + b"\n", mode=0o600)
+
+    def write_processes(self, processes: list[Process]) -> None:
+        """Replace ``processes.json`` at once."""
+        write_file(self.processes_file, msgspec.json.format(msgspec.json.encode(processes)), mode=0o600)
+
+
+def put_pid(lab: dict[str, Any], process: Process) -> None:
+    """Write a process's pid wherever ``lab.json`` shows it."""
+    for section in ("nodes", "hubs", "gateways", "devices", "relays"):
+        for entry in lab.get(section, []):
+            if entry["id"] == process.id:
+                entry["pid"] = process.pid
+    for domain in lab["domains"]:
+        etcd = domain["etcd"]
+        for index, member in enumerate(etcd["members"]):
+            if member == process.id:
+                etcd["pids"][index] = process.pid
+    lab["etcd"] = lab["domains"][0]["etcd"]
