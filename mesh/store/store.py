@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import apsw
 
+from mesh.core.transfer import SLOT_BYTES
 from mesh.errors import ConfigError, ErrorReason, MeshError, ShortageError, UnavailableError
 from mesh.store import directory, vfs
 from mesh.store.database import NAME, SIDE_NAMES, check_database, damaged, open_database, translated
@@ -40,7 +41,6 @@ Moved = dict[str, "tuple[int, ...] | None"]
 
 MAX_QUEUED = 65_536
 MAX_BATCH = 512
-SLOT_BYTES = 48
 
 _log = logging.getLogger(__name__)
 
@@ -385,7 +385,9 @@ def _made(path: Path, files: FileLayer) -> apsw.Connection:
 
 
 def _files_needed(appends: list[AppendRow]) -> list[tuple[str, int]]:
-    return [(append.file, append.file_offset + append.count) for append in appends if append.file]
+    return [
+        (append.file, append.file_offset + SLOT_BYTES * append.count) for append in appends if append.file
+    ]
 
 
 def _marks(lanes: list[LaneRow], reserves: list[ReserveRow]) -> dict[str, tuple[int, ...]]:

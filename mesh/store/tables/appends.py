@@ -65,14 +65,16 @@ class Appends(Table):
         if append.first_slot < 0 or append.count < 1 or (append.inline is None) == (append.file == ""):
             raise CallerError("an append needs at least one slot, and either a file or inline bytes")
         clash = self._row(
-            "SELECT 1 FROM appends WHERE reserve_id = ?1 AND first_slot < ?3 AND first_slot + count > ?2"
-            " UNION ALL SELECT 1 FROM used_slots WHERE reserve_id = ?1 AND start < ?3 AND stop > ?2"
-            " UNION ALL SELECT 1 FROM reserves WHERE reserve_id = ?1 AND retired_below > ?2",
+            "SELECT max(stop) > ?2 FROM (SELECT retired_below AS stop FROM reserves WHERE reserve_id = ?1"
+            " UNION ALL SELECT * FROM (SELECT first_slot + count FROM appends"
+            "  WHERE reserve_id = ?1 AND first_slot < ?3 ORDER BY first_slot DESC LIMIT 1)"
+            " UNION ALL SELECT * FROM (SELECT stop FROM used_slots"
+            "  WHERE reserve_id = ?1 AND start < ?3 ORDER BY start DESC LIMIT 1))",
             append.reserve_id,
             append.first_slot,
             append.stop_slot,
         )
-        if clash:
+        if clash and clash[0]:
             raise PeerError(
                 "an append may not overlap slots present, redeemed or retired",
                 reason=ErrorReason.PROTOCOL_VIOLATION,

@@ -57,13 +57,12 @@ class Blocks(Table):
         """
         if not 0 <= block.start < block.stop:
             raise CallerError("a block needs offsets 0 <= start < stop")
-        clash = self._row(
-            "SELECT 1 FROM blocks WHERE lane_id = ? AND start < ? AND stop > ?",
+        before = self._row(
+            "SELECT stop FROM blocks WHERE lane_id = ? AND start < ? ORDER BY start DESC LIMIT 1",
             block.lane_id,
             block.stop,
-            block.start,
         )
-        if clash:
+        if before and before[0] > block.start:
             raise IntegrityError(
                 "blocks of a lane never overlap", facts={"lane_id": block.lane_id, "start": block.start}
             )

@@ -46,13 +46,12 @@ class Extents(Table):
         """
         if not 0 <= extent.start < extent.stop:
             raise CallerError("an extent needs offsets 0 <= start < stop")
-        clash = self._row(
-            "SELECT 1 FROM extents WHERE lane_id = ? AND start < ? AND stop > ?",
+        before = self._row(
+            "SELECT stop FROM extents WHERE lane_id = ? AND start < ? ORDER BY start DESC LIMIT 1",
             extent.lane_id,
             extent.stop,
-            extent.start,
         )
-        if clash:
+        if before and before[0] > extent.start:
             raise IntegrityError(
                 "extents of a lane never overlap", facts={"lane_id": extent.lane_id, "start": extent.start}
             )
@@ -68,9 +67,9 @@ class Extents(Table):
 
     def list(self, lane_id: int | None = None) -> list[ExtentRow]:
         """Extents by lane and start, of one lane if given."""
-        condition = "(?1 IS NULL OR lane_id = ?1)"
         rows = self._rows(
-            f"SELECT {_COLUMNS} FROM extents WHERE {condition} ORDER BY lane_id, start", lane_id
+            f"SELECT {_COLUMNS} FROM extents WHERE ?1 IS NULL OR lane_id = ?1 ORDER BY lane_id, start",
+            lane_id,
         )
         return [_extent(row) for row in rows]
 

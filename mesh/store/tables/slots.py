@@ -18,13 +18,21 @@ class Slots(Table):
         """
         if not 0 <= start < stop:
             raise CallerError("slots need 0 <= start < stop", facts={"start": start, "stop": stop})
-        near = self._rows(
-            "SELECT start, stop FROM used_slots WHERE reserve_id = ?1 AND start <= ?3 AND stop >= ?2"
-            " UNION ALL SELECT 0, retired_below FROM reserves WHERE reserve_id = ?1 AND retired_below > ?2",
-            reserve_id,
-            start,
-            stop,
-        )
+        # Stored ranges are disjoint and apart, so only the last two that begin at or
+        # below ``stop`` can touch or overlap: one on the right, one on the left.
+        near = [
+            other
+            for other in self._rows(
+                "SELECT * FROM (SELECT start, stop FROM used_slots WHERE reserve_id = ?1 AND start <= ?2"
+                " ORDER BY start DESC LIMIT 2)"
+                " UNION ALL SELECT 0, retired_below FROM reserves"
+                " WHERE reserve_id = ?1 AND retired_below > ?3",
+                reserve_id,
+                stop,
+                start,
+            )
+            if other[1] >= start
+        ]
         if any(other_start < stop and other_stop > start for other_start, other_stop in near):
             raise CallerError(
                 "slots are used once",
