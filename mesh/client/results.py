@@ -1,6 +1,7 @@
 """What MeshClient returns: values, without wire types.
 
-``DeliveredKey`` holds key bytes; its repr does not, and it cannot be pickled.
+``DeliveredKey`` holds key bytes; its repr does not, and it cannot be pickled. Structs
+instead of dataclasses where thousands are made per second.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 from typing import NoReturn
 from uuid import UUID
 
+import msgspec
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
-class DeliveredKey:
+
+class DeliveredKey(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One key as handed out: its id and its bytes."""
 
     key_id: UUID
@@ -24,8 +26,7 @@ class DeliveredKey:
         raise TypeError("keys cannot be pickled")
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveredKeys:
+class DeliveredKeys(msgspec.Struct, frozen=True, eq=False):
     """The keys of one call, in order, and the grade under which they were established."""
 
     keys: list[DeliveredKey]

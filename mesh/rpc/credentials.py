@@ -1,14 +1,12 @@
-"""gRPC's TLS credentials from files, and the one switch grpcio has for TLS 1.2.
+"""gRPC's TLS credentials from files.
 
 grpcio cannot refuse TLS 1.2. Our own ends negotiate 1.3; what is left of 1.2 is
-limited to ECDHE with AEAD, by an environment variable that the core reads once, at
-its first credentials: ``restrict_tls12`` therefore runs before any are made.
-No ITS claim rests on this layer.
+limited to ECDHE with AEAD by ``GRPC_SSL_CIPHER_SUITES``, which grpcio reads when it
+is first imported and ``mesh/__init__.py`` therefore sets. No ITS claim rests on
+this layer.
 """
 
 from __future__ import annotations
-
-import os
 
 import grpc
 
@@ -17,17 +15,7 @@ from mesh.errors import ConfigError
 from mesh.ops.diagnosis import Expectation, require_usable
 from mesh.ops.tls import TlsFiles
 
-CIPHER_SUITES = ":".join(
-    f"ECDHE-{signature}-{cipher}"
-    for cipher in ("AES256-GCM-SHA384", "AES128-GCM-SHA256", "CHACHA20-POLY1305")
-    for signature in ("ECDSA", "RSA")
-)
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
-
-
-def restrict_tls12() -> None:
-    """Limits TLS 1.2 of this process to ECDHE with AEAD; an operator's own setting is replaced."""
-    os.environ["GRPC_SSL_CIPHER_SUITES"] = CIPHER_SUITES
 
 
 def server_configuration(files: TlsFiles, identity: Identity) -> grpc.ServerCertificateConfiguration:
@@ -36,7 +24,6 @@ def server_configuration(files: TlsFiles, identity: Identity) -> grpc.ServerCert
     Raises:
         ConfigError: an unusable file, or a certificate of somebody else, in words.
     """
-    restrict_tls12()
     ca, cert, key = _read(files, Expectation(is_server=True, is_client=True, identity=identity))
     return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)
 
@@ -51,7 +38,6 @@ def channel_credentials(files: TlsFiles, roles: frozenset[Role]) -> grpc.Channel
     Raises:
         ConfigError: an unusable file, or a certificate of another role, in words.
     """
-    restrict_tls12()
     ca, cert, key = _read(files, Expectation(is_client=True, roles=roles))
     return grpc.ssl_channel_credentials(ca, key, cert)
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -49,7 +49,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
 )
 
-_Handlers = Mapping[str, grpc.RpcMethodHandler[Any, Any]]
+_Handlers: TypeAlias = "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Admit = Callable[[_Context], None]
 _Refuse = Callable[[_Context, BaseException], Awaitable[NoReturn]]
