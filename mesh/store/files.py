@@ -65,7 +65,7 @@ class FileLayer(Protocol):
         """Remove the name; durable only after ``sync_dir``."""
 
     def make_dir(self, path: Path) -> None:
-        """Make a directory with mode 0700, parents too; tighten an existing one to 0700."""
+        """Make a directory with mode 0700, parents too, durably; tighten an existing one to 0700."""
 
     def sync_dir(self, path: Path) -> None:
         """Return once the names in this directory are durable."""
@@ -167,7 +167,10 @@ class OsFiles:
         path.unlink()
 
     def make_dir(self, path: Path) -> None:
-        path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        missing = [part for part in (path, *path.parents) if not part.exists()]
+        for part in reversed(missing):
+            part.mkdir(mode=DIRECTORY_MODE)
+            self.sync_dir(part.parent)
         if path.stat().st_mode & 0o777 != DIRECTORY_MODE:
             path.chmod(DIRECTORY_MODE)
 
@@ -210,9 +213,11 @@ class OsFiles:
             other = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
             os.close(fd)
             raise BlockingIOError(errno.EWOULDBLOCK, "locked", str(path), None, other) from exc
+        lock = OsLock(fd)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, holder.encode("ascii"), 0)
         except OSError:
-            os.close(fd)
+            lock.release()
             raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, holder.encode("ascii"), 0)
-        return OsLock(fd)
+        return lock

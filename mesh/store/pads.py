@@ -3,7 +3,8 @@
 A file is written once, durable before its name is given to anyone, then only read
 and wiped. Nothing refers to it before the commit that names it, so no temporary
 name is needed: left-overs of a crash are files that no row names, removed at start.
-Wiping overwrites with zeros without a sync: best effort on today's disks.
+Wiping overwrites with zeros, synced only before a removal: best effort on today's
+disks, which may keep old blocks (at rest is the operator's disk encryption).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class PadFiles:
         """``create`` in the calling thread."""
         path = self._checked(name)
         fail_at("pads.create.before_write")
+        self._forget(name)
         try:
             file = self._files.open(path, exclusive=True)
         except FileExistsError as exc:
@@ -108,13 +110,12 @@ class PadFiles:
         """
         fail_at("pads.wipe.before")
         try:
-            with self._lock:
-                file = self._opened(name)
-                stop = min(offset + length, file.size())
-                while offset < stop:
-                    size = min(stop - offset, _WIPE_BYTES)
-                    file.pwrite(_ZEROS if size == _WIPE_BYTES else memoryview(_ZEROS)[:size], offset)
-                    offset += size
+            stop = min(offset + length, self.size(name))
+            while offset < stop:
+                piece = _ZEROS[: stop - offset]
+                with self._lock:
+                    self._opened(name).pwrite(piece, offset)
+                offset += len(piece)
         except FileNotFoundError:
             return
         except OSError as exc:
@@ -122,9 +123,9 @@ class PadFiles:
         fail_at("pads.wipe.after")
 
     async def remove(self, *names: str) -> None:
-        """Overwrite and unlink; names that are gone are skipped.
+        """Overwrite, sync and unlink; names that are gone are skipped.
 
-        Not synced: what a crash brings back is removed at the next start.
+        The unlink is not synced: what a crash brings back is removed at the next start.
         """
         if names:
             await asyncio.get_running_loop().run_in_executor(self._executor, self.remove_now, *names)
@@ -133,32 +134,29 @@ class PadFiles:
         """``remove`` in the calling thread."""
         for name in names:
             path = self._checked(name)
-            if not self._files.exists(path):
-                continue
             fail_at("pads.remove.before_wipe")
-            self.wipe(name, 0, self.size(name))
-            fail_at("pads.remove.before_unlink")
             try:
+                self.wipe(name, 0, self.size(name))
                 with self._lock:
-                    opened = self._open_files.pop(name, None)
-                    if opened is not None:
-                        opened.close()
-                    self._files.unlink(path)
+                    self._opened(name).sync()  # or the zeros of an unlinked file never reach the disk
+                fail_at("pads.remove.before_unlink")
+                self._files.unlink(path)
+            except FileNotFoundError:
+                continue
             except OSError as exc:
                 raise disk_error(exc, path) from exc
+            finally:
+                self._forget(name)
             fail_at("pads.remove.after")
 
     def size(self, name: str) -> int:
         """The file's size in bytes.
 
         Raises:
-            IntegrityError: it is gone.
+            FileNotFoundError: it is gone.
         """
-        try:
-            with self._lock:
-                return self._opened(name).size()
-        except FileNotFoundError as exc:
-            raise self._lost(name, "is gone") from exc
+        with self._lock:
+            return self._opened(name).size()
 
     def list(self) -> list[str]:
         """The names of all pad files."""
@@ -182,8 +180,11 @@ class PadFiles:
             sizes[name] = max(size_bytes, sizes.get(name, 0))
         self.remove_now(*(name for name in self.list() if name not in sizes))
         for name, size_bytes in sizes.items():
-            if self.size(name) < size_bytes:
-                raise self._lost(name, "is too short")
+            try:
+                if self.size(name) < size_bytes:
+                    raise self._lost(name, "is too short")
+            except FileNotFoundError as exc:
+                raise self._lost(name, "is gone") from exc
 
     def close(self) -> None:
         """Close all files."""
@@ -201,6 +202,13 @@ class PadFiles:
         if len(self._open_files) > _OPEN_FILES_KEPT:
             self._open_files.popitem(last=False)[1].close()
         return file
+
+    def _forget(self, name: str) -> None:
+        """Close the descriptor kept for a name that is gone or about to be made anew."""
+        with self._lock:
+            file = self._open_files.pop(name, None)
+            if file is not None:
+                file.close()
 
     def _checked(self, name: str) -> Path:
         if not _NAME.fullmatch(name):

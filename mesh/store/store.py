@@ -40,7 +40,7 @@ Change = Callable[[Tables], T]
 Moved = dict[str, "tuple[int, ...] | None"]
 
 MAX_QUEUED = 65_536
-MAX_BATCH = 512
+MAX_BATCH = 256
 
 _log = logging.getLogger(__name__)
 
@@ -118,6 +118,9 @@ class Store:
         try:
             is_new = not directory.is_finished(path, layer)
             database = _made(path, layer) if is_new else open_database(path / NAME, layer)
+        except OSError as exc:
+            lock.release()
+            raise translated(exc, path) from exc
         except BaseException:
             lock.release()
             raise
@@ -371,16 +374,13 @@ def _closed() -> UnavailableError:
 
 def _made(path: Path, files: FileLayer) -> apsw.Connection:
     """Make an empty store, throwing away one that was never finished."""
-    try:
-        for name in (NAME, *SIDE_NAMES):
-            if files.exists(path / name):
-                files.unlink(path / name)
-        for name in (directory.PADS_NAME, directory.RESERVES_NAME):
-            files.make_dir(path / name)
-        files.open(path / NAME, exclusive=True).close()
-        files.sync_dir(path)
-    except OSError as exc:
-        raise translated(exc, path) from exc
+    for name in (NAME, *SIDE_NAMES):
+        if files.exists(path / name):
+            files.unlink(path / name)
+    for name in (directory.PADS_NAME, directory.RESERVES_NAME):
+        files.make_dir(path / name)
+    files.open(path / NAME, exclusive=True).close()
+    files.sync_dir(path)
     return open_database(path / NAME, files)
 
 
