@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mesh.core.network import NetworkDocument
+from mesh.errors import CallerError
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,19 @@ class NodeRecord:
     software_version: str = ""
     protocol_version: int = 1
     started_at_s: float = 0.0
+
+
+def check_address(value: object, field_name: str) -> str:
+    """Returns ``value`` if it is ``host:port``.
+
+    Raises:
+        CallerError: it is not; names the field.
+    """
+    if isinstance(value, str) and len(value) <= 300 and value.isprintable():
+        host, _, port = value.rpartition(":")
+        if host and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
+            return value
+    raise CallerError(f"{field_name} must be host:port", facts={"field": field_name})
 
 
 @dataclass(frozen=True, slots=True)
