@@ -154,7 +154,10 @@ def test_cl_5_1_http_1_0_keep_alive_is_confirmed(stack: Stack) -> None:
     with stack.master.connect() as wire:
         for _ in range(2):
             received = wire.request(
-                "GET", path_of(stack.slave.sae_id, "status"), headers={"Connection": "keep-alive"}, version="1.0"
+                "GET",
+                path_of(stack.slave.sae_id, "status"),
+                headers={"Connection": "keep-alive"},
+                version="1.0",
             )
             assert received.headers["connection"] == "keep-alive"
         assert wire.request("GET", path_of(stack.slave.sae_id, "status"), version="1.0").status == 200
@@ -205,7 +208,8 @@ def test_cl_6_1_status_has_every_mandatory_member_with_its_type(stack: Stack) ->
 
 def test_cl_5_2_get_status_draws_nothing(stack: Stack) -> None:
     counts = [
-        stack.master.ask("GET", path_of(stack.slave.sae_id, "status")).json()["max_key_count"] for _ in range(3)
+        stack.master.ask("GET", path_of(stack.slave.sae_id, "status")).json()["max_key_count"]
+        for _ in range(3)
     ]
     assert len(set(counts)) == 1
 
@@ -659,7 +663,8 @@ def test_cl_6_5_other_content_types_are_415(stack: Stack, content_type: str) -> 
 
 
 @pytest.mark.parametrize(
-    "content_type", ["application/json", "application/json; charset=utf-8", 'Application/JSON;charset="UTF-8"']
+    "content_type",
+    ["application/json", "application/json; charset=utf-8", 'Application/JSON;charset="UTF-8"'],
 )
 def test_cl_5_1_json_content_types_are_accepted(stack: Stack, content_type: str) -> None:
     received = stack.master.ask(
@@ -805,7 +810,9 @@ def test_pitfall_24_malformed_sae_ids_are_400(stack: Stack, segment: str) -> Non
     assert b"script" not in received.body
 
 
-@pytest.mark.parametrize("segment", ["a%2Fb", "urn:sae:1", "a%3Ab", "x" * 64, "a%2525", "..", "a@b!$&'()*+,;="])
+@pytest.mark.parametrize(
+    "segment", ["a%2Fb", "urn:sae:1", "a%3Ab", "x" * 64, "a%2525", "..", "a@b!$&'()*+,;="]
+)
 def test_pitfall_24_legal_ids_that_nobody_has_are_400_not_404(stack: Stack, segment: str) -> None:
     details = assert_error(stack.master.ask("GET", path_of(segment, "enc_keys")), 400)
     assert {"reason": "unknown-sae"} in details
