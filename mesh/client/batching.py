@@ -220,11 +220,7 @@ class Batcher(Generic[_Request, _Result]):
         timeout_s = max(item.deadline_s for item in batch.items) - loop.time()
         try:
             results = await self._send([item.request for item in batch.items], max(timeout_s, 0.001))
-            if len(results) != len(batch.items):
-                raise PeerError(
-                    "node answered another number of results than requests",
-                    facts={"requests": len(batch.items), "results": len(results)},
-                )
+            _require_one_each(batch, results)
         except asyncio.CancelledError:
             self._fail_all(
                 batch, UnavailableError("client is closed", reason=ErrorReason.SHUTTING_DOWN), None
@@ -271,6 +267,14 @@ class Batcher(Generic[_Request, _Result]):
             )
             own.__cause__ = cause
             _fail(item.future, own)
+
+
+def _require_one_each(batch: _Batch[_Request, _Result], results: Sequence[object]) -> None:
+    if len(results) != len(batch.items):
+        raise PeerError(
+            "node answered another number of results than requests",
+            facts={"requests": len(batch.items), "results": len(results)},
+        )
 
 
 def _is_idle(queue: _Queue[_Request, _Result]) -> bool:

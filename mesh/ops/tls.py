@@ -20,7 +20,7 @@ from pathlib import Path
 from prometheus_client import Gauge
 
 from mesh.errors import ConfigError, ErrorReason, MeshError
-from mesh.ops.diagnosis import Expectation, require_usable
+from mesh.ops.diagnosis import Expectation, diagnose, require_usable
 from mesh.ops.watch import FileWatch
 
 _LOG = logging.getLogger("keymesh.tls")
@@ -166,7 +166,7 @@ class ServerTls:
     def _build(self) -> ssl.SSLContext:
         files = self._files
         context = server_context(files, minimum=self._minimum, expected=self._expected, what=self._what)
-        diagnosis = require_usable(files.cert, files.key, None, self._expected, what=self._what)
+        diagnosis = diagnose(files.cert, key=files.key)
         for finding in diagnosis.findings:
             _LOG.warning("certificate doubtful", extra={"cert": str(files.cert), "finding": finding.words})
         if self._expiry is not None and diagnosis.leaf is not None:

@@ -52,6 +52,8 @@ class Credential:
 
     def save(self, directory: Path, stem: str) -> CredentialFiles:
         """Writes ``stem.pem`` and ``stem.key`` (mode 0600), replacing older ones at once."""
+        # An SAE id may contain what a file name may not.
+        stem = quote(stem, safe="")
         files = CredentialFiles(directory / f"{stem}.pem", directory / f"{stem}.key")
         write_file(files.key, self.key_pem, mode=0o600)
         write_file(files.cert, self.cert_pem, mode=0o644)
@@ -196,17 +198,26 @@ class Pki:
 
     @classmethod
     def create(cls, domain: str, *, now: datetime | None = None) -> Pki:
-        """Makes fresh roots for a domain."""
+        """Makes fresh roots for a domain (id as in ``mesh.core.identity``)."""
+        Identity(domain, Role.NODE, "check")
         return cls(domain, {name: Authority.create(f"{domain[:48]} {name} root", now=now) for name in ROOTS})
 
     @classmethod
-    def load(cls, domain: str, directory: Path) -> Pki:
-        """Reads the roots that ``save`` wrote; see ``Authority.load`` for errors."""
+    def load(cls, directory: Path) -> Pki:
+        """Reads the domain and the roots that ``save`` wrote; see ``Authority.load`` for errors."""
+        path = directory / "domain"
+        try:
+            domain = path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(
+                "no authority in this directory; run 'keymesh pki init'", facts={"dir": directory}
+            ) from exc
         return cls(domain, {name: Authority.load(_root_files(directory, name)) for name in ROOTS})
 
     def save(self, directory: Path) -> dict[str, Path]:
         """Writes all roots as ``NAME-ca.pem`` and ``NAME-ca.key``; returns the certificates' paths."""
         directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / "domain", f"{self.domain}\n".encode("ascii"), mode=0o644)
         return {name: root.save(directory, f"{name}-ca").cert for name, root in self.roots.items()}
 
     def member(
