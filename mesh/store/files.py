@@ -125,10 +125,14 @@ class OsFile:
     def size(self) -> int:
         return os.fstat(self._fd).st_size
 
+    def detach(self) -> int:
+        """Give up the descriptor without closing it."""
+        fd, self._fd = self._fd, -1
+        return fd
+
     def close(self) -> None:
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+            os.close(self.detach())
 
 
 class OsLock:
@@ -171,6 +175,8 @@ class OsFiles:
         for part in reversed(missing):
             part.mkdir(mode=DIRECTORY_MODE)
             self.sync_dir(part.parent)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(path))
         if path.stat().st_mode & 0o777 != DIRECTORY_MODE:
             path.chmod(DIRECTORY_MODE)
 
