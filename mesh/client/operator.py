@@ -120,7 +120,7 @@ def as_table(answers: Sequence[tuple[str, Message]]) -> str:
     for kme_id, answer in answers:
         header, own = _rows(answer)
         rows += [(kme_id, *row) for row in own]
-    return _align([("NODE", *header), *rows])
+    return align([("NODE", *header), *rows])
 
 
 def _rows(answer: Message) -> tuple[_Row, list[_Row]]:
@@ -194,7 +194,8 @@ def _rows(answer: Message) -> tuple[_Row, list[_Row]]:
     raise TypeError(type(answer).__name__)
 
 
-def _align(rows: Sequence[_Row]) -> str:
+def align(rows: Sequence[_Row]) -> str:
+    """Rows of cells as text with aligned columns; the first row is the header."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in texts)

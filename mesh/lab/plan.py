@@ -25,7 +25,6 @@ from mesh.lab.state import OWN_ENTRIES, LabDirectory
 from mesh.pki.authority import CredentialFiles, Pki
 
 TOOL_ID = "lab"
-ETCD_NODE_USER = "keymesh"
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 
 
@@ -179,13 +178,16 @@ class Planner:
         return {"ca": str(self._roots[root]), "cert": str(files.cert), "key": str(files.key)}
 
     def _domain(self) -> dict[str, Any]:
-        client = self._pki.etcd_client(ETCD_NODE_USER).save(self._dir.pki, "etcd-client")
+        # etcd takes the certificate's CN for the user when no password is given.
+        client = self._pki.etcd_client("root").save(self._dir.pki, "etcd-root")
         return {
             "id": self._network.domain,
             "ca": {name: str(self._roots[name]) for name in ("sae", "node", "gateway")},
             "etcd": {
                 "endpoints": [f"https://127.0.0.1:{member.client_port}" for member in self.plan.members],
                 **self._tls("etcd", client),
+                "username": "root",
+                "password_file": str(self._dir.password_file("root")),
                 "pids": [0 for _ in self.plan.members],
                 "members": [member.id for member in self.plan.members],
             },
@@ -286,11 +288,11 @@ class Planner:
             "directory": {
                 "etcd": {
                     "endpoints": [endpoint.removeprefix("https://") for endpoint in etcd["endpoints"]],
-                    "ca": etcd["ca"],
-                    "cert": etcd["cert"],
-                    "key": etcd["key"],
-                    "username": ETCD_NODE_USER,
-                    "password_file": str(self._dir.pki / "etcd-password"),
+                    **self._tls(
+                        "etcd", self._pki.etcd_client(node.id).save(self._dir.pki, f"etcd-{node.id}")
+                    ),
+                    "username": node.id,
+                    "password_file": str(self._dir.password_file(node.id)),
                 }
             },
             "network": {"operator_public_key": str(self._dir.network / "operator.pub.pem")},

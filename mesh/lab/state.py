@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from mesh.client.operator import OperatorTarget
+from mesh.core.identity import Role
 from mesh.errors import ConfigError
 from mesh.lab.processes import Process
 from mesh.pki.authority import write_file
@@ -63,6 +65,10 @@ class LabDirectory:
     def log_of(self, process_id: str) -> Path:
         """The log of a process."""
         return self.log / f"{process_id}.log"
+
+    def password_file(self, etcd_user: str) -> Path:
+        """The password of an etcd user."""
+        return self.pki / f"etcd-{etcd_user}.password"
 
     def read_lab(self) -> dict[str, Any]:
         """Read ``lab.json``.
@@ -112,3 +118,30 @@ def put_pid(lab: dict[str, Any], process: Process) -> None:
             if member == process.id:
                 etcd["pids"][index] = process.pid
     lab["etcd"] = lab["domains"][0]["etcd"]
+
+
+def operator_targets(root: Path, kme_id: str | None) -> list[OperatorTarget]:
+    """The nodes and hubs of a lab as an operator asks them, or only ``kme_id``.
+
+    Raises:
+        ConfigError: there is no lab, or no such node.
+    """
+    lab = LabDirectory(root).read_lab()
+    ca = {domain["id"]: domain["ca"]["node"] for domain in lab["domains"]}
+    targets = [
+        OperatorTarget(
+            address=entry["grpc"],
+            kme_id=entry["id"],
+            domain_id=entry["domain"],
+            ca=Path(ca[entry["domain"]]),
+            cert=Path(lab["tool"]["cert"]),
+            key=Path(lab["tool"]["key"]),
+            role=role,
+        )
+        for section, role in (("nodes", Role.NODE), ("hubs", Role.HUB))
+        for entry in lab[section]
+        if kme_id in (None, entry["id"])
+    ]
+    if not targets:
+        raise ConfigError(f"no node {kme_id!r} in this lab")
+    return targets

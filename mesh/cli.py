@@ -1,0 +1,363 @@
+"""The ``keymesh`` command: one word per process and per question.
+
+Parses arguments, calls one function, turns errors into one line and an exit status.
+Imports what a command needs only when that command runs, so that ``--help`` and small
+questions answer at once. Must not hold rules of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mesh import __version__
+from mesh.errors import ConfigError, MeshError
+
+if TYPE_CHECKING:
+    from mesh.client.operator import OperatorTarget
+
+Handler = Callable[[argparse.Namespace], int]
+_EXIT_FAILED = 1
+_EXIT_CONFIG = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status (0 done, 1 failed, 2 wrong usage or file)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser(words[0] if words else "").parse_args(words)
+    handler: Handler = arguments.handler
+    try:
+        return handler(arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"keymesh: {error}\n")
+        return _EXIT_CONFIG
+    except MeshError as error:
+        sys.stderr.write(f"keymesh: {error}\n")
+        return _EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.
+        sys.stderr.close()
+        return 0
+
+
+def build_parser(first: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``handler``.
+
+    Args:
+        first: the first word of the command line; what is slow to import is filled in
+            only when asked for.
+    """
+    parser = argparse.ArgumentParser(
+        prog="keymesh", description="Key management mesh: QKD relay behind ETSI GS QKD 014"
+    )
+    parser.add_argument("--version", action="version", version=f"keymesh {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_processes(commands)
+    _add_config(commands)
+    if first == "pki":
+        from mesh.pki.cli import add_parser
+
+        add_parser(commands)
+    else:
+        commands.add_parser("pki", help="certificates: lab authorities, and what is wrong with a file")
+    _add_network(commands)
+    _add_sae(commands)
+    _add_operator(commands)
+    _add_lab(commands)
+    return parser
+
+
+Commands = argparse._SubParsersAction
+
+
+def _group(
+    commands: Commands[argparse.ArgumentParser], name: str, text: str
+) -> Commands[argparse.ArgumentParser]:
+    group = commands.add_parser(name, help=text, description=text)
+    return group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def _command(
+    commands: Commands[argparse.ArgumentParser], name: str, text: str, handler: Handler
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+# --- processes --------------------------------------------------------------------------
+
+
+def _add_processes(commands: Commands[argparse.ArgumentParser]) -> None:
+    for name, text, handler in (
+        ("node", "a KME: links, establishing, reserves, keys", _run_node),
+        ("gateway", "the REST interfaces of a site (ETSI GS QKD 014)", _run_gateway),
+        ("qkd-device", "a simulated QKD device pair", _run_device),
+    ):
+        group = _group(commands, name, text)
+        run = _command(group, "run", f"run {text}, until SIGTERM", handler)
+        run.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
+
+
+def _run_node(arguments: argparse.Namespace) -> int:
+    from mesh.node.node import run
+
+    return run(arguments.config)
+
+
+def _run_gateway(arguments: argparse.Namespace) -> int:
+    from gateway.main import main as run_gateway
+
+    return run_gateway(arguments.config)
+
+
+def _run_device(arguments: argparse.Namespace) -> int:
+    from mesh.devices.main import run
+
+    return run(arguments.config)
+
+
+# --- files ------------------------------------------------------------------------------
+
+
+def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
+    group = _group(commands, "config", "configuration files")
+    check = _command(
+        group, "check", "check a configuration or network file and say what is wrong", _check_config
+    )
+    check.add_argument("files", type=Path, nargs="+", metavar="FILE")
+
+
+def _check_config(arguments: argparse.Namespace) -> int:
+    from mesh.lab.configcheck import check_file
+
+    failures = 0
+    for file in arguments.files:
+        try:
+            print(f"{file}: a valid {check_file(file)}")
+        except MeshError as error:
+            failures += 1
+            sys.stderr.write(f"{file}: {error}\n")
+    return _EXIT_CONFIG if failures else 0
+
+
+def _add_network(commands: Commands[argparse.ArgumentParser]) -> None:
+    group = _group(commands, "network", "the signed network document")
+    keygen = _command(group, "keygen", "make the operator's signing key (keep it offline)", _network_keygen)
+    keygen.add_argument("--key", type=Path, required=True, metavar="FILE", help="private key to write")
+    keygen.add_argument("--public", type=Path, required=True, metavar="FILE", help="public key to write")
+    sign = _command(group, "sign", "check a document (YAML or JSON) and sign it", _network_sign)
+    sign.add_argument("source", type=Path, metavar="FILE")
+    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="operator's private key (PEM)")
+    sign.add_argument("--out", type=Path, required=True, metavar="FILE", help="signed document to write")
+    show = _command(group, "show", "show a document, and whether its signature holds", _network_show)
+    show.add_argument("document", type=Path, metavar="FILE")
+    show.add_argument("--public", type=Path, metavar="FILE", help="operator's public key (PEM)")
+    publish = _command(group, "publish", "put a signed document into the domain's etcd", _network_publish)
+    publish.add_argument("document", type=Path, metavar="FILE")
+    publish.add_argument("--endpoint", action="append", required=True, metavar="HOST:PORT")
+    publish.add_argument("--ca", type=Path, required=True, metavar="FILE", help="etcd root (PEM)")
+    publish.add_argument("--cert", type=Path, metavar="FILE", help="client certificate (PEM)")
+    publish.add_argument("--key", type=Path, metavar="FILE", help="its key (PEM)")
+    publish.add_argument("--username", help="etcd user that may write the document")
+    publish.add_argument("--password-file", type=Path, metavar="FILE")
+
+
+def _network_keygen(arguments: argparse.Namespace) -> int:
+    from mesh.directory.tool import generate_key
+
+    generate_key(arguments.key, arguments.public)
+    return 0
+
+
+def _network_sign(arguments: argparse.Namespace) -> int:
+    from mesh.directory.tool import sign_file
+
+    print(sign_file(arguments.source, arguments.key, arguments.out))
+    return 0
+
+
+def _network_show(arguments: argparse.Namespace) -> int:
+    from mesh.directory.tool import show_file
+
+    print(show_file(arguments.document, arguments.public))
+    return 0
+
+
+def _network_publish(arguments: argparse.Namespace) -> int:
+    from mesh.directory.tool import publish_file
+
+    serial = publish_file(
+        arguments.document,
+        endpoints=arguments.endpoint,
+        ca=arguments.ca,
+        cert=arguments.cert,
+        key=arguments.key,
+        username=arguments.username,
+        password_file=arguments.password_file,
+    )
+    print(f"serial {serial} is in the directory; nodes take it up by themselves")
+    return 0
+
+
+def _add_sae(commands: Commands[argparse.ArgumentParser]) -> None:
+    group = _group(commands, "sae", "applications and their homes")
+    listing = _command(group, "list", "list SAEs and their homes by the network document", _sae_list)
+    where = listing.add_mutually_exclusive_group(required=True)
+    where.add_argument("--document", type=Path, metavar="FILE", help="network document, signed or not")
+    where.add_argument("--lab", type=Path, metavar="DIR", help="a lab's directory")
+
+
+def _sae_list(arguments: argparse.Namespace) -> int:
+    from mesh.directory.tool import list_saes
+
+    print(list_saes(arguments.document or arguments.lab / "network" / "document.signed"))
+    return 0
+
+
+# --- questions to running nodes -----------------------------------------------------------
+
+
+def _add_operator(commands: Commands[argparse.ArgumentParser]) -> None:
+    for name, text in (
+        ("status", "how nodes are: version, uptime, document, directory, certificate"),
+        ("links", "links of nodes: state, material, device"),
+        ("reserves", "reserves of nodes, in 48-byte slots"),
+        ("alarms", "open alarms of nodes, with the operator's next step"),
+    ):
+        parser = _command(commands, name, text, _ask_nodes)
+        parser.set_defaults(what=name)
+        parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+        parser.add_argument("--lab", type=Path, metavar="DIR", help="ask the nodes of the lab in DIR")
+        parser.add_argument("--node", metavar="ID", help="KME id; with --lab only this node")
+        parser.add_argument("--role", choices=("node", "hub"), default="node")
+        parser.add_argument("--address", metavar="HOST:PORT", help="the node's gRPC listener")
+        parser.add_argument("--domain", metavar="ID")
+        for option, meaning in (("ca", "node root"), ("cert", "tool certificate"), ("key", "its key")):
+            parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{meaning} (PEM)")
+        if name == "alarms":
+            parser.add_argument("--acknowledge", metavar="ALARM", help="clear an alarm that waits for you")
+
+
+def _ask_nodes(arguments: argparse.Namespace) -> int:
+    import json
+
+    from mesh.client import operator
+
+    targets = _targets(arguments)
+    if alarm := getattr(arguments, "acknowledge", None):
+        for target in targets:
+            operator.acknowledge(target, alarm)
+        return 0
+    answers, failures = [], 0
+    for target in targets:
+        try:
+            answers.append((target.kme_id, operator.ask(target, arguments.what)))
+        except MeshError as error:
+            failures += 1
+            sys.stderr.write(f"keymesh: {target.kme_id}: {error}\n")
+    if arguments.json:
+        print(json.dumps({kme_id: operator.as_plain(answer) for kme_id, answer in answers}, indent=2))
+    elif answers:
+        print(operator.as_table(answers))
+    return _EXIT_FAILED if failures else 0
+
+
+def _targets(arguments: argparse.Namespace) -> list[OperatorTarget]:
+    from mesh.client.operator import OperatorTarget
+    from mesh.core.identity import Role
+
+    if arguments.lab is not None:
+        from mesh.lab.state import operator_targets
+
+        return operator_targets(arguments.lab, arguments.node)
+    needed = ("address", "node", "domain", "ca", "cert", "key")
+    if missing := [f"--{name}" for name in needed if getattr(arguments, name) is None]:
+        raise ConfigError(f"give --lab DIR, or {', '.join(missing)}")
+    return [
+        OperatorTarget(
+            arguments.address,
+            arguments.node,
+            arguments.domain,
+            arguments.ca,
+            arguments.cert,
+            arguments.key,
+            Role(arguments.role),
+        )
+    ]
+
+
+# --- labs -------------------------------------------------------------------------------
+
+
+def _add_lab(commands: Commands[argparse.ArgumentParser]) -> None:
+    group = _group(commands, "lab", "whole networks on this machine")
+    up = _command(group, "up", "start a network and wait until every gateway can deliver", _lab_up)
+    up.add_argument("--network", required=True, metavar="NAME|FILE", help="shipped network or YAML file")
+    up.add_argument("--detach", action="store_true", help="return once it delivers; it keeps running")
+    down = _command(group, "down", "stop everything of a lab, also after crashes", _lab_down)
+    restart = _command(group, "restart", "start one process of a lab again", _lab_restart)
+    restart.add_argument("id", metavar="ID", help="id of a node, gateway, device, relay or etcd member")
+    run = _command(group, "run", "send checked traffic through a running lab", _lab_run)
+    run.add_argument("--traffic", type=float, default=10.0, metavar="SECONDS", help="how long (default 10)")
+    run.add_argument("--number", type=int, default=4, metavar="N", help="keys per call (default 4)")
+    demo = _command(group, "demo", "bring metro up, measure it, draw the picture, stop it", _lab_demo)
+    for parser in (up, down, restart, run):
+        parser.add_argument("--dir", type=Path, required=True, metavar="DIR", help="the lab's directory")
+    demo.add_argument("--dir", type=Path, default=Path("build/demo"), metavar="DIR", help="for the results")
+
+
+def _lab_up(arguments: argparse.Namespace) -> int:
+    import signal
+
+    from mesh.lab.control import Progress, hold_lab, start_lab
+    from mesh.lab.networks import load_network
+
+    progress = Progress()
+    # Stop what was started also when told to stop half-way.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    directory = start_lab(load_network(arguments.network), arguments.dir, progress)
+    if not arguments.detach:
+        hold_lab(directory, progress)
+    return 0
+
+
+def _lab_down(arguments: argparse.Namespace) -> int:
+    from mesh.lab.control import Progress, stop_lab
+    from mesh.lab.state import LabDirectory
+
+    stop_lab(LabDirectory(arguments.dir), Progress())
+    return 0
+
+
+def _lab_restart(arguments: argparse.Namespace) -> int:
+    from mesh.lab.control import Progress, restart_process
+    from mesh.lab.state import LabDirectory
+
+    restart_process(LabDirectory(arguments.dir), arguments.id, Progress())
+    return 0
+
+
+def _lab_run(arguments: argparse.Namespace) -> int:
+    from mesh.lab.state import LabDirectory
+    from mesh.lab.traffic import run_traffic
+
+    lab = LabDirectory(arguments.dir).read_lab()
+    result = run_traffic(lab, arguments.traffic, number=arguments.number)
+    print(result)
+    return 0 if result.is_clean and result.keys_checked else _EXIT_FAILED
+
+
+def _lab_demo(arguments: argparse.Namespace) -> int:
+    from mesh.lab.demo import run_demo
+
+    return run_demo(arguments.dir)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

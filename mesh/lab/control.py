@@ -1,0 +1,206 @@
+"""Starting, restarting and stopping a whole lab.
+
+Owns the order of things: files first, then etcd, devices and relays, then the network
+document, then nodes and gateways, then the wait until every gateway can deliver.
+Whatever fails stops everything that was started and says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+
+from mesh.errors import CallerError, ErrorReason
+from mesh.lab.domain import prepare_domain, prepare_etcd
+from mesh.lab.networks import Network
+from mesh.lab.plan import LabPlan, Planner, clear_directory
+from mesh.lab.processes import stop_all
+from mesh.lab.ready import DeliveryCheck, get_plain, missing_health, wait_until
+from mesh.lab.state import LabDirectory, put_pid
+
+START_TIMEOUT_S = 110.0
+"""The contract promises an answer within 120 s."""
+_RESTART_TIMEOUT_S = 30.0
+
+
+class Progress:
+    """Tells a person at the terminal what happens, one line per step.
+
+    Args:
+        stream: where to; in a terminal the line in work is rewritten in place.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._began_s = time.monotonic()
+        self._is_terminal = self._stream.isatty()
+
+    def done(self, text: str) -> None:
+        """A step is done."""
+        self._line(f"{self._elapsed()}  {text}", end="\n")
+
+    def waiting(self, text: str) -> None:
+        """What is being waited for; shown in terminals only."""
+        if self._is_terminal:
+            self._line(f"{self._elapsed()}  … {text}"[:120], end="")
+
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._began_s:6.1f} s"
+
+    def _line(self, text: str, *, end: str) -> None:
+        start = "\r\x1b[2K" if self._is_terminal else ""
+        self._stream.write(f"{start}{text}{end}")
+        self._stream.flush()
+
+
+def start_lab(network: Network, root: Path, progress: Progress) -> LabDirectory:
+    """Start a network and wait until every gateway can deliver.
+
+    Returns:
+        The lab's directory, with ``lab.json`` written.
+
+    Raises:
+        MeshError: it did not come up; everything is stopped again, and the message says why.
+    """
+    directory = LabDirectory(root)
+    clear_directory(directory)
+    with directory.locked():
+        began_s = time.monotonic()
+        plan = Planner(network, directory).write()
+        prepare_domain(plan)
+        progress.done(f"files of {len(plan.processes)} processes written to {directory.root}")
+        try:
+            _start_all(plan, progress, began_s + START_TIMEOUT_S)
+        except BaseException:
+            stop_all(plan.processes)
+            directory.write_processes(plan.processes)
+            raise
+    progress.done(f"{network.name} delivers: {directory.lab_file}")
+    return directory
+
+
+def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
+    directory, lab = plan.directory, plan.lab
+
+    def start(*kinds: str) -> None:
+        for process in plan.of_kind(*kinds):
+            process.start()
+            put_pid(lab, process)
+        # Written before anything can fail, so that lab down finds all there is.
+        directory.write_processes(plan.processes)
+
+    start("etcd", "device", "relay")
+    asyncio.run(prepare_etcd(plan, deadline_s=deadline_s))
+    progress.done(f"etcd ({len(plan.members)}) holds the signed network document")
+    start("node", "gateway")
+    devices = {entry["id"]: entry["control"].removeprefix("http://") for entry in lab["devices"]}
+    for what, path, places in (
+        ("devices", "/healthz", devices),
+        ("nodes", "/readyz", {entry["id"]: entry["http"] for entry in lab["nodes"] + lab["hubs"]}),
+        ("gateways", "/readyz", {entry["id"]: entry["http"] for entry in lab["gateways"]}),
+    ):
+        _wait(lambda p=places, q=path: missing_health(p, q), plan, progress, deadline_s)  # type: ignore[misc]
+        progress.done(f"{len(places)} {what} up")
+    has_reserves = plan.network.reserves.prefill and plan.network.reserves.high_water_bytes > 0
+    _wait(DeliveryCheck(lab, has_reserves=has_reserves).missing, plan, progress, deadline_s)
+    directory.write_lab(lab)
+
+
+def _wait(check: Callable[[], str], plan: LabPlan, progress: Progress, deadline_s: float) -> None:
+    wait_until(check, deadline_s=deadline_s, processes=plan.processes, progress=progress.waiting)
+
+
+def hold_lab(directory: LabDirectory, progress: Progress) -> None:
+    """Stay until Ctrl-C or SIGTERM, then stop the lab."""
+
+    progress.done("Ctrl-C stops it")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        stop_lab(directory, progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stop_lab(directory: LabDirectory, progress: Progress) -> None:
+    """Stop everything of a lab, in whatever state it is.
+
+    Raises:
+        ConfigError: there is no lab there.
+    """
+    with directory.locked():
+        processes = directory.read_processes()
+        for kinds in (("gateway",), ("node", "hub"), ("relay", "device", "etcd")):
+            killed = stop_all([process for process in processes if process.kind in kinds])
+            for process_id in killed:
+                progress.done(f"{process_id} did not stop by itself and was killed")
+        directory.lab_file.unlink(missing_ok=True)
+    progress.done(f"stopped {len(processes)} processes; logs stay in {directory.log}")
+
+
+def restart_process(directory: LabDirectory, process_id: str, progress: Progress) -> None:
+    """Start one process of a running lab again, stopping it first if it runs.
+
+    Returns once it answers on its health port. Whether it can serve depends on its
+    neighbours too, and is not waited for.
+
+    Raises:
+        CallerError: the lab has no such process.
+        UnavailableError: it ended again, or does not answer in time.
+    """
+    with directory.locked():
+        lab = directory.read_lab()
+        processes = directory.read_processes()
+        process = next((entry for entry in processes if entry.id == process_id), None)
+        if process is None:
+            raise CallerError(
+                f"no process {process_id!r} in this lab; there are {', '.join(p.id for p in processes)}",
+                reason=ErrorReason.INVALID_ARGUMENT,
+            )
+        stop_all([process])
+        process.start()
+        put_pid(lab, process)
+        directory.write_processes(processes)
+        directory.write_lab(lab)
+    place = _health_place(lab, process_id)
+    wait_until(
+        lambda: "" if place is None or get_plain(place, "/healthz")[0] == 200 else f"{process_id} starts",
+        deadline_s=time.monotonic() + _RESTART_TIMEOUT_S,
+        processes=[process],
+        progress=progress.waiting,
+    )
+    progress.done(f"{process_id} runs as {process.pid}")
+
+
+def _health_place(lab: dict[str, Any], process_id: str) -> str | None:
+    for entry in [*lab["nodes"], *lab["hubs"], *lab["gateways"], *lab["devices"]]:
+        if entry["id"] == process_id:
+            place: str = entry.get("http") or entry["control"].removeprefix("http://")
+            return place
+    return None
+
+
+def rewrite_config(
+    directory: LabDirectory, process_id: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """Change one process's configuration file; it takes effect with ``restart_process``.
+
+    Raises:
+        CallerError: no such configuration.
+    """
+    path = directory.config / f"{process_id}.yaml"
+    try:
+        config = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
+    except OSError as error:
+        raise CallerError(f"no configuration {path}") from error
+    change(config)
+    path.write_bytes(msgspec.yaml.encode(config))

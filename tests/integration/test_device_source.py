@@ -1,0 +1,233 @@
+"""The node's device adapter against a simulated device pair: a process of its own, over mTLS."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import yaml
+
+from mesh.errors import CallerError, ErrorReason, UnavailableError
+from mesh.pki.authority import Pki
+from mesh.sources.etsi014_device import Etsi014Device, client_context, connect
+
+pytestmark = pytest.mark.slow
+INITIAL_BYTES = 4 << 20
+
+
+@dataclass
+class Pair:
+    """A running device pair and what its clients need."""
+
+    folder: Path
+    urls: tuple[str, str]
+    control: str
+
+    def source(self, end: int, **options: float) -> Etsi014Device:
+        return Etsi014Device(
+            self.urls[end],
+            peer_sae_id=("node-b", "node-a")[end],
+            tls=client_context(*(str(self.folder / name) for name in self.client_files(end))),
+            timeout_s=options.get("timeout_s", 5.0),
+            now_s=time.monotonic,
+        )
+
+    @staticmethod
+    def client_files(end: int) -> tuple[str, str, str]:
+        stem = ("node-a", "node-b")[end]
+        return "device-ca.pem", f"{stem}.pem", f"{stem}.key"
+
+    def faults(self, **change: object) -> None:
+        request = urllib.request.Request(
+            f"{self.control}/faults", data=json.dumps(change).encode(), method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=5) as response:
+            assert response.status == 200
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [entry.getsockname()[1] for entry in sockets]
+    for entry in sockets:
+        entry.close()
+    return ports
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    pki = Pki.create("lab")
+    pki.save(tmp_path)
+    for sae_id in ("node-a", "node-b", "stranger"):
+        pki.device_client(sae_id).save(tmp_path, sae_id)
+    ports = free_ports(3)
+    ends = {}
+    for letter, port in zip("ab", ports, strict=False):
+        files = pki.device_server(f"qkd-{letter}").save(tmp_path, f"qkd-{letter}")
+        ends[letter] = {
+            "kme_id": f"qkd-{letter}",
+            "sae_id": f"node-{letter}",
+            "listen": f"127.0.0.1:{port}",
+            "tls": {"ca": str(tmp_path / "device-ca.pem"), "cert": str(files.cert), "key": str(files.key)},
+        }
+    config = tmp_path / "device.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "device_id": "dev",
+                "rate_bps": 0,
+                "initial_bytes": INITIAL_BYTES,
+                "control": f"127.0.0.1:{ports[2]}",
+                **ends,
+            }
+        )
+    )
+    command = [sys.executable, "-m", "mesh.cli", "qkd-device", "run", "--config", str(config)]
+    process = subprocess.Popen(command)
+    control = f"http://127.0.0.1:{ports[2]}"
+    try:
+        deadline_s = time.monotonic() + 15
+        while True:
+            try:
+                urllib.request.urlopen(f"{control}/readyz", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+        yield Pair(tmp_path, (f"https://127.0.0.1:{ports[0]}", f"https://127.0.0.1:{ports[1]}"), control)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+@pytest.fixture
+async def ends(pair: Pair) -> AsyncIterator[tuple[Etsi014Device, Etsi014Device]]:
+    sources = pair.source(0), pair.source(1)
+    yield sources
+    for source in sources:
+        await source.close()
+
+
+async def test_both_ends_get_the_same_keys(ends: tuple[Etsi014Device, Etsi014Device]) -> None:
+    a, b = ends
+    assert await a.level_bytes() == INITIAL_BYTES
+    taken = await a.take(256 * 1024)
+    assert sum(len(key.value) for key in taken) == 256 * 1024
+    fetched = await b.fetch([key.key_id for key in taken[::-1]])
+    assert [key.key_id for key in fetched] == [key.key_id for key in taken[::-1]]
+    assert fetched[::-1] == taken
+    assert a.state == "ready"
+    assert await b.level_bytes() == INITIAL_BYTES - 256 * 1024
+
+
+async def test_several_calls_fill_a_take_larger_than_one_request(
+    ends: tuple[Etsi014Device, Etsi014Device],
+) -> None:
+    a, b = ends
+    taken = await a.take(3 << 20)
+    assert sum(len(key.value) for key in taken) == 3 << 20
+    assert await b.fetch([key.key_id for key in taken]) == taken
+
+
+async def test_an_empty_device_gives_nothing_and_says_so(
+    ends: tuple[Etsi014Device, Etsi014Device],
+) -> None:
+    a, _ = ends
+    assert sum(len(key.value) for key in await a.take(2 * INITIAL_BYTES)) == INITIAL_BYTES
+    assert await a.take(65536) == []
+    assert a.state == "empty"
+
+
+async def test_a_key_is_fetched_once_and_a_stranger_key_is_unknown(
+    ends: tuple[Etsi014Device, Etsi014Device],
+) -> None:
+    a, b = ends
+    (key,) = await a.take(1024)
+    assert await b.fetch([key.key_id]) == [key]
+    for key_id in (key.key_id, str(uuid4())):
+        with pytest.raises(CallerError) as caught:
+            await b.fetch([key_id])
+        assert caught.value.reason is ErrorReason.UNKNOWN_KEY
+
+
+async def test_lost_keys_are_unknown_at_the_other_end(
+    pair: Pair, ends: tuple[Etsi014Device, Etsi014Device]
+) -> None:
+    a, b = ends
+    pair.faults(lose_keys=1)
+    first, second = await a.take(16384)
+    with pytest.raises(CallerError) as caught:
+        await b.fetch([first.key_id, second.key_id])
+    assert caught.value.reason is ErrorReason.UNKNOWN_KEY
+    assert await b.fetch([second.key_id]) == [second]
+
+
+async def test_a_mismatch_shows_in_the_bytes_only(
+    pair: Pair, ends: tuple[Etsi014Device, Etsi014Device]
+) -> None:
+    a, b = ends
+    pair.faults(mismatch_keys=1)
+    taken = await a.take(16384)
+    fetched = await b.fetch([key.key_id for key in taken])
+    assert [mine == theirs for mine, theirs in zip(taken, fetched, strict=True)] == [False, True]
+
+
+async def test_a_hanging_device_is_unavailable_then_backed_off_then_back(pair: Pair) -> None:
+    source = pair.source(0, timeout_s=0.3)
+    pair.faults(hang=True)
+    with pytest.raises(UnavailableError) as caught:
+        await source.take(1024)
+    assert caught.value.reason is ErrorReason.DEVICE_UNAVAILABLE
+    assert source.state == "unavailable"
+    began_s = time.monotonic()
+    with pytest.raises(UnavailableError) as caught:
+        await source.take(1024)
+    assert time.monotonic() - began_s < 0.2
+    assert caught.value.retry_after_s > 0
+    pair.faults(hang=False)
+    await asyncio.sleep(caught.value.retry_after_s + 0.05)
+    assert len(await source.take(1024)) == 1
+    await source.close()
+
+
+async def test_a_restart_cuts_connections_and_loses_what_was_buffered(
+    pair: Pair, ends: tuple[Etsi014Device, Etsi014Device]
+) -> None:
+    a, b = ends
+    (key,) = await a.take(1024)
+    pair.faults(restart_s=0.2)
+    with pytest.raises(UnavailableError):
+        await a.take(1024)
+    await asyncio.sleep(0.6)
+    assert await a.take(1024) == []
+    with pytest.raises(CallerError):
+        await b.fetch([key.key_id])
+
+
+async def test_another_certificate_is_not_served(pair: Pair) -> None:
+    source = connect(
+        pair.urls[0],
+        ca=str(pair.folder / "device-ca.pem"),
+        cert=str(pair.folder / "stranger.pem"),
+        key=str(pair.folder / "stranger.key"),
+        sae_id="node-b",
+    )
+    with pytest.raises(UnavailableError, match="certificate"):
+        await source.take(1024)
+    await source.close()
+
+
+async def test_a_missing_certificate_names_the_files(pair: Pair) -> None:
+    with pytest.raises(CallerError, match=r"missing\.pem"):
+        connect(pair.urls[0], ca="missing.pem", cert="c.pem", key="c.key", sae_id="node-b")
