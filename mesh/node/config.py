@@ -146,6 +146,8 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     listen: Listen
     # What other nodes dial; defaults to ``listen.grpc``.
     advertise: _HostPort | None = None
+    # Where to dial a peer instead of at its address in the directory (labs: an emulated path).
+    addresses: dict[str, _HostPort] = {}
     tls: Tls
     directory: DirectorySection
     network: NetworkSection = NetworkSection()
