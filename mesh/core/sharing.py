@@ -9,7 +9,7 @@ decide which shares are honest: that is ``accept``, the tag of ``mesh.core.gf128
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
@@ -20,8 +20,10 @@ from mesh.core.secret import Buffer
 
 MAX_SHARES = 16
 _PIECE_BYTES = 1 << 15
-#: Shares longer than this are first compared by random combinations of this many columns.
-_DIGEST_BYTES = 4096
+#: Shares longer than this are first compared by a short random combination of their bytes,
+#: formed in steps: pieces of 4096 bytes are summed, then those of 256 bytes, then of 16.
+_BULK_BYTES = 4096
+_DIGEST_STEPS = (4096, 256, 16)
 
 
 class Found(NamedTuple):
@@ -31,14 +33,22 @@ class Found(NamedTuple):
         secret: the reconstructed Y_0.
         used: the k share indices it was computed from, ascending.
         disagreeing: the indices of the other shares that are not on its polynomial.
+        is_certain: whether the disagreeing are the liars, given fewer than k of them. If not,
+            all are suspects: liars may have framed others with a polynomial of their own that
+            has the right value at 0. Two such polynomials share at most k-2 honest shares, so
+            one with 2k-2 or more shares on it is the honest one.
     """
 
     secret: bytes
     used: tuple[int, ...]
     disagreeing: tuple[int, ...]
+    is_certain: bool = True
 
     def __repr__(self) -> str:
-        return f"Found({len(self.secret)} bytes, used={self.used}, disagreeing={self.disagreeing})"
+        return (
+            f"Found({len(self.secret)} bytes, used={self.used}, disagreeing={self.disagreeing},"
+            f" is_certain={self.is_certain})"
+        )
 
 
 def derive(k: int, n: int, first: Sequence[Buffer]) -> tuple[bytes, list[bytes]]:
@@ -120,11 +130,11 @@ def find_secret(
 ) -> Found | None:
     """Search the k-subsets of ``shares`` for one whose secret is accepted.
 
-    With ``randomness`` and long shares, subsets are first judged on random linear
-    combinations of the shares, drawn after the shares are fixed; then ``accept`` is
-    called once per distinct polynomial, the one with most shares on it first. A
-    combination that misses a lie costs time, never correctness: ``accept`` decides,
-    and subsets it skipped are tried in the end.
+    With ``randomness`` and long shares, subsets are first judged on a 16-byte random linear
+    combination of each share, drawn after the shares are fixed; then ``accept`` is called
+    once per distinct polynomial, the one with most shares on it first. A combination may
+    miss a lie (about once in 100 for a lie in one byte); that costs time, never correctness:
+    ``accept`` decides, and the subsets passed over are tried in the end.
 
     Args:
         shares: index (1..16) to share, all of one length; at least k or None is returned.
@@ -142,42 +152,84 @@ def find_secret(
         raise ValueError("threshold or order does not fit the shares")
     if len({len(share) for share in shares.values()}) > 1:
         raise ValueError("shares differ in length")
-    for subset in _candidates(shares, k, ranked, randomness):
-        chosen = {index: shares[index] for index in sorted(subset)}
-        secret = combine(chosen)
+    columns = shares
+    subsets: Iterable[tuple[int, ...]] = combinations(ranked, k)
+    if randomness is not None and len(ranked) > k and len(shares[ranked[0]]) > _BULK_BYTES:
+        columns = _digests(shares, randomness)
+        subsets = _by_support(columns, k, ranked)
+    for subset in subsets:
+        secret = combine(_select(shares, subset))
         if accept(secret):
-            wrong = (i for i in sorted(shares) if i not in chosen and evaluate(chosen, i) != shares[i])
-            return Found(secret, tuple(chosen), tuple(wrong))
+            return _named(shares, columns, subset, secret, ranked)
     return None
 
 
-def _candidates(
-    shares: Mapping[int, Buffer], k: int, ranked: tuple[int, ...], randomness: Callable[[int], bytes] | None
-) -> Iterator[tuple[int, ...]]:
-    size = len(next(iter(shares.values()), b""))
-    if randomness is None or size <= _DIGEST_BYTES or len(ranked) <= k:
-        yield from combinations(ranked, k)
-        return
-    coefficients = randomness(-(-size // _DIGEST_BYTES))
-    digests = {index: _digest(share, coefficients) for index, share in shares.items()}
+def _select(shares: Mapping[int, Buffer], subset: Sequence[int]) -> dict[int, Buffer]:
+    return {index: shares[index] for index in subset}
+
+
+def _support(shares: Mapping[int, Buffer], subset: Sequence[int]) -> frozenset[int]:
+    """The indices of all shares on the polynomial through those of ``subset``."""
+    chosen = _select(shares, subset)
+    return frozenset(i for i in shares if i in chosen or evaluate(chosen, i) == shares[i])
+
+
+def _by_support(columns: Mapping[int, Buffer], k: int, ranked: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """One subset per distinct polynomial, most shares first; then all the others."""
     first: dict[frozenset[int], tuple[int, ...]] = {}
     for subset in combinations(ranked, k):
-        chosen = {index: digests[index] for index in subset}
-        group = {i for i in ranked if i in chosen or evaluate(chosen, i) == digests[i]}
-        first.setdefault(frozenset(group), subset)
-    tried = [first[group] for group in sorted(first, key=len, reverse=True)]
-    yield from tried
-    judged = set(tried)
-    yield from (subset for subset in combinations(ranked, k) if subset not in judged)
+        support = _support(columns, subset)
+        first.setdefault(support, subset)
+        if len(support) == len(ranked):
+            break
+    chosen = [first[support] for support in sorted(first, key=len, reverse=True)]
+    yield from chosen
+    tried = set(chosen)
+    yield from (subset for subset in combinations(ranked, k) if subset not in tried)
 
 
-def _digest(share: Buffer, coefficients: bytes) -> bytes:
-    """Sum of the 4096-byte pieces of a share, each times its coefficient; the last is zero-padded."""
+def _named(
+    shares: Mapping[int, Buffer],
+    columns: Mapping[int, Buffer],
+    subset: tuple[int, ...],
+    secret: bytes,
+    ranked: tuple[int, ...],
+) -> Found:
+    """Who disagrees, by a polynomial with this secret that has enough shares on it, if there is one."""
+    k = len(subset)
+    enough = 2 * k - 2
+    support = _support(shares, subset)
+    if len(support) < enough <= len(ranked):
+        value = combine(_select(columns, subset))
+        for other in combinations(ranked, k):
+            if combine(_select(columns, other)) != value or len(_support(columns, other)) < enough:
+                continue
+            found = _support(shares, other)
+            if len(found) >= enough and combine(_select(shares, other)) == secret:
+                subset, support = other, found
+                break
+    disagreeing = tuple(sorted(set(shares) - support))
+    return Found(secret, tuple(sorted(subset)), disagreeing, len(support) >= enough)
+
+
+def _digests(shares: Mapping[int, Buffer], randomness: Callable[[int], bytes]) -> dict[int, Buffer]:
+    """One random GF(2^8)-linear combination, 16 bytes, of each share: lies differ, agreement stays."""
+    size = len(next(iter(shares.values())))
+    digests = dict(shares)
+    for step in _DIGEST_STEPS:
+        coefficients = randomness(-(-size // step))
+        digests = {index: _sum_pieces(share, step, coefficients) for index, share in digests.items()}
+        size = step
+    return digests
+
+
+def _sum_pieces(share: Buffer, piece_bytes: int, coefficients: bytes) -> bytes:
+    """Sum of the pieces of a share, each times its coefficient; the last is zero-padded."""
     view = memoryview(share)
-    total = bytes(_DIGEST_BYTES)
-    for at, coefficient in enumerate(coefficients):
-        piece = bytes(view[at * _DIGEST_BYTES : (at + 1) * _DIGEST_BYTES])
-        total = xor(total, scale(piece.ljust(_DIGEST_BYTES, b"\0"), coefficient))
+    total = bytes(piece_bytes)
+    for number, coefficient in enumerate(coefficients):
+        piece = bytes(view[number * piece_bytes : (number + 1) * piece_bytes])
+        total = xor(total, scale(piece.ljust(piece_bytes, b"\0"), coefficient))
     return total
 
 
