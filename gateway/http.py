@@ -231,6 +231,7 @@ class RestServer:
     async def drain(self, timeout_s: float) -> None:
         """Answer what is being asked, close what is idle, and end within ``timeout_s``."""
         self._is_draining = True
+        self.low_level.pre_shutdown()  # wakes idle connections, which would wait for the timeout otherwise
         await self.low_level.shutdown(timeout_s)
 
     async def _handle(self, http: web.BaseRequest) -> web.StreamResponse:
