@@ -36,8 +36,37 @@ def store() -> Iterator[Store]:
     opened.close()
 
 
-def _do(store: Store, change: Callable[[Tables], object]) -> None:
-    store.commit_now(change)
+def _used(reserve_id: int, start: int, stop: int) -> Callable[[Tables], None]:
+    return lambda t: t.slots.add_used(reserve_id, start, stop)
+
+
+def _appended(reserve_id: int, first_slot: int, count: int) -> Callable[[Tables], None]:
+    return lambda t: t.appends.put(_append(reserve_id, first_slot, count))
+
+
+def _extended(start: int, stop: int) -> Callable[[Tables], None]:
+    return lambda t: t.extents.put(ExtentRow(1, start, stop, "other"))
+
+
+def _offered(name: bytes, start: int, stop: int) -> Callable[[Tables], None]:
+    block = BlockRow(name * 16, 1, start, stop, BlockState.OFFERED, b"offer", None, True)
+    return lambda t: t.blocks.put(block)
+
+
+def _delivered(slave: str) -> Callable[[Tables], bytes]:
+    return lambda t: t.keystore.mark_delivered("sae-1", b"i" * 16, slave)
+
+
+def _drawn(slot: int, at_s: int) -> Callable[[Tables], None]:
+    return lambda t: t.slots.put_draw_time(1, slot, at_s)
+
+
+def _job_put(job: JobRow) -> Callable[[Tables], None]:
+    return lambda t: t.jobs.put(job)
+
+
+def _answered(number: int) -> Callable[[Tables], None]:
+    return lambda t: t.jobs.put_inbound_result("kme-b", bytes([number]) * 16, number, b"answer")
 
 
 def _refused(store: Store, family: type[MeshError], change: Callable[[Tables], object]) -> MeshError:
@@ -99,14 +128,11 @@ def test_a_reset_lane_is_new_and_its_old_epochs_never_return(store: Store) -> No
 
 
 def test_blocks_never_overlap_and_move_only_legally(store: Store) -> None:
-    def block(name: bytes, start: int, stop: int) -> BlockRow:
-        return BlockRow(name * 16, 1, start, stop, BlockState.OFFERED, b"offer", None, True)
-
-    store.commit_now(lambda t: t.blocks.put(block(b"a", 0, 100)))
-    store.commit_now(lambda t: t.blocks.put(block(b"b", 200, 300)))
+    store.commit_now(_offered(b"a", 0, 100))
+    store.commit_now(_offered(b"b", 200, 300))
     for start, stop in ((0, 100), (99, 101), (150, 201), (0, 400), (250, 260)):
-        _refused(store, IntegrityError, lambda t, a=start, b=stop: t.blocks.put(block(b"c", a, b)))
-    store.commit_now(lambda t: t.blocks.put(block(b"c", 100, 200)))
+        _refused(store, IntegrityError, _offered(b"c", start, stop))
+    store.commit_now(_offered(b"c", 100, 200))
     store.commit_now(lambda t: t.blocks.set_state(b"a" * 16, BlockState.ACCEPTED, answer=b"yes"))
     store.commit_now(lambda t: t.blocks.set_state(b"a" * 16, BlockState.ACCEPTED))
     _refused(store, IntegrityError, lambda t: t.blocks.set_state(b"a" * 16, BlockState.OFFERED))
@@ -122,7 +148,7 @@ def test_extents_never_overlap_and_a_file_is_free_with_its_last_extent(store: St
     store.commit_now(lambda t: t.extents.put(ExtentRow(1, 0, 100, "pad", 64)))
     store.commit_now(lambda t: t.extents.put(ExtentRow(1, 100, 150, "pad", 164)))
     for start, stop in ((0, 1), (149, 151), (0, 200)):
-        _refused(store, IntegrityError, lambda t, a=start, b=stop: t.extents.put(ExtentRow(1, a, b, "other")))
+        _refused(store, IntegrityError, _extended(start, stop))
     store.commit_now(lambda t: t.extents.set_state(1, 100, ExtentState.USABLE))
     _refused(store, CallerError, lambda t: t.extents.set_state(1, 50, ExtentState.USABLE))
     assert store.commit_now(lambda t: t.extents.delete_below(1, 149)) == []
@@ -158,22 +184,22 @@ def test_a_reserve_epoch_stays_taken_after_deletion(store: Store) -> None:
 def test_used_slots_merge_and_never_come_back(store: Store) -> None:
     reserve_id = _reserve(store).reserve_id
     for start, stop in ((10, 20), (30, 40), (20, 30), (0, 5), (50, 60)):
-        _do(store, lambda t, a=start, b=stop: t.slots.add_used(reserve_id, a, b))
+        store.commit_now(_used(reserve_id, start, stop))
     assert store.read(lambda t: t.slots.used_ranges(reserve_id)) == [
         Range(0, 5),
         Range(10, 40),
         Range(50, 60),
     ]
     for start, stop in ((4, 6), (0, 1), (15, 16), (39, 50), (0, 100), (45, 51)):
-        error = _refused(store, CallerError, lambda t, a=start, b=stop: t.slots.add_used(reserve_id, a, b))
+        error = _refused(store, CallerError, _used(reserve_id, start, stop))
         assert error.reason is ErrorReason.UNKNOWN_KEY
-    store.commit_now(lambda t: t.slots.add_used(reserve_id, 5, 10))
+    store.commit_now(_used(reserve_id, 5, 10))
     assert store.read(lambda t: t.slots.used_ranges(reserve_id)) == [Range(0, 40), Range(50, 60)]
 
 
 def test_retired_slots_stay_refused_once_forgotten(store: Store) -> None:
     reserve_id = _reserve(store).reserve_id
-    store.commit_now(lambda t: t.slots.add_used(reserve_id, 10, 20))
+    store.commit_now(_used(reserve_id, 10, 20))
 
     def retire(tables: Tables) -> None:
         tables.reserves.set_retired_below(reserve_id, 15)
@@ -182,25 +208,25 @@ def test_retired_slots_stay_refused_once_forgotten(store: Store) -> None:
 
     store.commit_now(retire)
     assert store.read(lambda t: t.slots.used_ranges(reserve_id)) == [Range(15, 20)]
-    _refused(store, CallerError, lambda t: t.slots.add_used(reserve_id, 5, 6))
-    _refused(store, CallerError, lambda t: t.slots.add_used(reserve_id, 14, 15))
-    _refused(store, PeerError, lambda t: t.appends.put(_append(reserve_id, 14, 1)))
-    store.commit_now(lambda t: t.slots.add_used(reserve_id, 20, 21))
+    _refused(store, CallerError, _used(reserve_id, 5, 6))
+    _refused(store, CallerError, _used(reserve_id, 14, 15))
+    _refused(store, PeerError, _appended(reserve_id, 14, 1))
+    store.commit_now(_used(reserve_id, 20, 21))
 
 
 def test_an_append_overlaps_nothing_present_redeemed_or_retired(store: Store) -> None:
     reserve_id = _reserve(store).reserve_id
-    store.commit_now(lambda t: t.appends.put(_append(reserve_id, 10, 10)))
-    store.commit_now(lambda t: t.slots.add_used(reserve_id, 40, 41))
+    store.commit_now(_appended(reserve_id, 10, 10))
+    store.commit_now(_used(reserve_id, 40, 41))
     for first, count in ((10, 10), (19, 2), (5, 6), (0, 100), (40, 1), (35, 6)):
-        _refused(store, PeerError, lambda t, a=first, b=count: t.appends.put(_append(reserve_id, a, b)))
-    store.commit_now(lambda t: t.appends.put(_append(reserve_id, 20, 20)))
+        _refused(store, PeerError, _appended(reserve_id, first, count))
+    store.commit_now(_appended(reserve_id, 20, 20))
     found = store.read(lambda t: t.appends.find(reserve_id, 25))
     assert found is not None
     assert (found.first_slot, found.stop_slot) == (20, 40)
     assert store.read(lambda t: t.appends.find(reserve_id, 5)) is None
     assert store.read(lambda t: t.appends.find(reserve_id, 40)) is None
-    _refused(store, CallerError, lambda t: t.appends.put(_append(reserve_id, 50, 0)))
+    _refused(store, CallerError, _appended(reserve_id, 50, 0))
 
 
 def test_appends_are_confirmed_wiped_and_deleted(store: Store) -> None:
@@ -225,7 +251,7 @@ def test_appends_are_confirmed_wiped_and_deleted(store: Store) -> None:
 
 def test_draw_times_and_wrong_tags_are_counted_and_forgotten(store: Store) -> None:
     for slot, at_s in ((10, 100), (20, 200), (30, 300)):
-        _do(store, lambda t, a=slot, b=at_s: t.slots.put_draw_time(1, a, b))
+        store.commit_now(_drawn(slot, at_s))
     store.commit_now(lambda t: t.slots.forget_draw_times_below(1, 10))
     assert store.read(lambda t: t.slots.draw_times(1)) == [(20, 200), (30, 300)]
     assert store.commit_now(lambda t: t.wrong_tags.add("sae-2", "sae-1", 19_000)) == 1
@@ -248,9 +274,7 @@ def test_a_stored_key_goes_to_each_slave_once_and_is_wiped_after_the_last(store:
     assert store.read(lambda t: t.keystore.stored_key("sae-1", b"j" * 16)) is None
     assert store.commit_now(lambda t: t.keystore.mark_delivered("sae-1", b"i" * 16, "sae-2")) == b"k" * 32
     for slave in ("sae-2", "sae-9"):
-        error = _refused(
-            store, CallerError, lambda t, s=slave: t.keystore.mark_delivered("sae-1", b"i" * 16, s)
-        )
+        error = _refused(store, CallerError, _delivered(slave))
         assert error.reason is ErrorReason.UNKNOWN_KEY
     assert store.commit_now(lambda t: t.keystore.mark_delivered("sae-1", b"i" * 16, "sae-3")) == b"k" * 32
     row = store.read(lambda t: t.keystore.stored_key("sae-1", b"i" * 16))
@@ -281,7 +305,7 @@ def test_jobs_keep_numbers_and_final_states(store: Store) -> None:
     assert numbers == [1, 2, 3]
     jobs = [JobRow(bytes([n]) * 16, n, "deposit", "kme-b", "open", b"sealed") for n in numbers]
     for job in jobs:
-        _do(store, lambda t, j=job: t.jobs.put(j))
+        store.commit_now(_job_put(job))
     _refused(store, CallerError, lambda t: t.jobs.put(jobs[0]))
     _refused(store, CallerError, lambda t: t.jobs.put(JobRow(b"n" * 16, 1, "deposit", "kme-b", "open", b"")))
     store.commit_now(lambda t: t.jobs.update(jobs[0].job_id, state="done", result=b"ok", attempts=2))
@@ -301,7 +325,7 @@ def test_jobs_keep_numbers_and_final_states(store: Store) -> None:
 
 def test_inbound_results_are_stored_once_and_forgotten_below(store: Store) -> None:
     for number in (1, 2, 3):
-        _do(store, lambda t, n=number: t.jobs.put_inbound_result("kme-b", bytes([n]) * 16, n, b"answer"))
+        store.commit_now(_answered(number))
     _refused(store, CallerError, lambda t: t.jobs.put_inbound_result("kme-b", b"\1" * 16, 1, b"other"))
     assert store.commit_now(lambda t: t.jobs.forget_inbound_below("kme-b", 3)) == 2
     assert store.read(lambda t: t.jobs.inbound_result("kme-b", b"\1" * 16)) is None
