@@ -169,6 +169,14 @@ class _Lane:
             raise IntegrityError("a mark may not fall", facts={"from": self.mark, "to": mark})
         self.mark = mark
 
+    @property
+    def next_mark(self) -> int | None:
+        """A mark worth syncing before anybody waits for it: less than half a stride is left."""
+        if self.mark - self.position >= self.limits.stride_bytes // 2:
+            return None
+        mark = min(self.position + self.limits.stride_bytes, self.end)
+        return mark if mark > self.mark else None
+
     def _ahead(self, stop: int) -> int:
         """The mark to sync before bytes up to ``stop`` are used."""
         return max(stop, min(stop + self.limits.stride_bytes, self.end))
@@ -301,9 +309,15 @@ class ReaderLane(_Lane):
 
     Attributes:
         told: the position last reported to the writer.
+        report_bytes: unreported bytes after which a report goes alone; W/8 of the narrower W.
     """
 
     told: int = 0
+    report_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _Lane.__post_init__(self)
+        self.report_bytes = self.report_bytes or self.limits.window_bytes // 8
 
     def check_frame(self, frame: Range) -> None:
         """Whether the frame may be verified at all; moves nothing (1.2).
@@ -356,6 +370,11 @@ class ReaderLane(_Lane):
         return self.usable_bytes < NEW_BELOW_BYTES + 2 * (self.limits.window_bytes + self.limits.stride_bytes)
 
     @property
-    def unreported_bytes(self) -> int:
-        """How far the position is past the last report sent."""
-        return self.position - self.told
+    def reportable(self) -> int:
+        """The position to report: never past the mark, which a restart would resume at."""
+        return max(self.told, min(self.position, self.mark))
+
+    @property
+    def is_report_due(self) -> bool:
+        """W/8 or more is unreported: a report goes alone (1.3)."""
+        return self.reportable - self.told >= self.report_bytes

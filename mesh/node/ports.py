@@ -182,6 +182,20 @@ class DocumentPort(Protocol):
         ...
 
 
+class LinkAlarms(Protocol):
+    """``mesh.ops.alarms.Alarms`` as the link plane uses it."""
+
+    def raise_alarm(
+        self, alarm_id: str, severity: str, message: str, next_step: str, needs_operator: bool = False
+    ) -> object:
+        """Open an alarm or count it again."""
+        ...
+
+    def clear(self, alarm_id: str) -> bool:
+        """Close an alarm whose condition is over."""
+        ...
+
+
 class PadRecorder(Protocol):
     """Keeps a line per used pad range, for audits; never bytes."""
 

@@ -1,0 +1,1 @@
+"""gRPC services of a node: each handler decodes, calls one function, encodes."""
