@@ -106,7 +106,7 @@ def as_plain(message: Message) -> dict[str, Any]:
     result = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
-        if hasattr(value, "__iter__") and not isinstance(value, str | bytes):
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
             result[field.name] = [plain(entry) for entry in value]
         else:
             result[field.name] = plain(value)
