@@ -10,6 +10,7 @@ encryption, architecture 5).
 from __future__ import annotations
 
 import errno
+import logging
 from pathlib import Path
 
 import apsw
@@ -18,6 +19,8 @@ from mesh.errors import CallerError, ConfigError, ErrorReason, IntegrityError, M
 from mesh.store import schema
 from mesh.store.files import FileLayer
 from mesh.store.vfs import registered
+
+_log = logging.getLogger(__name__)
 
 NAME = "state.db"
 SIDE_NAMES = ("state.db-wal", "state.db-journal", "state.db-shm")
@@ -69,10 +72,10 @@ def open_database(path: Path, files: FileLayer) -> apsw.Connection:
             database.execute(f"PRAGMA {pragma}").fetchall()
         _migrate(database, path)
     except (apsw.Error, OSError) as exc:
-        _close(database)
+        close_database(database)
         raise translated(exc, path) from exc
     except MeshError:
-        _close(database)
+        close_database(database)
         raise
     return database
 
@@ -113,9 +116,14 @@ def _migrate(database: apsw.Connection, path: Path) -> None:
         database.execute(f"PRAGMA user_version = {schema.VERSION}")
 
 
-def _close(database: apsw.Connection | None) -> None:
-    if database is not None:
+def close_database(database: apsw.Connection | None) -> None:
+    """Close; a disk that fails now loses nothing, the log is read again at the next start."""
+    if database is None:
+        return
+    try:
         database.close(True)
+    except (apsw.Error, OSError) as exc:
+        _log.warning("the database was closed without a checkpoint: %s", type(exc).__name__)
 
 
 def translated(exc: Exception, path: Path) -> Exception:

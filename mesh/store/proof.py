@@ -43,7 +43,6 @@ class ProofCopy:
                 break
         self._incarnation = b""
         self._marks: dict[str, tuple[int, ...]] = {}
-        self._is_broken = False
 
     def proves(self, incarnation: bytes | None, marks: Marks) -> bool:
         """Whether the copy on tmpfs fits the disk's latest incarnation and marks."""
@@ -68,13 +67,13 @@ class ProofCopy:
                 self._marks[name] = max(mark, self._marks.get(name, mark))
         if incarnation is not None:
             self._incarnation = incarnation
-        if self.path is None or self._is_broken:
+        if self.path is None:
             return
         fail_at("proof.before")
         try:
             self._write(self.path)
         except OSError as exc:
-            self._give_up(self.path, exc)
+            self._remove(self.path, exc)
         fail_at("proof.after")
 
     def _write(self, path: Path) -> None:
@@ -92,9 +91,8 @@ class ProofCopy:
             file.close()
         self._files.rename(new, path)
 
-    def _give_up(self, path: Path, cause: OSError) -> None:
+    def _remove(self, path: Path, cause: OSError) -> None:
         """An old copy would vouch for an older disk: without a new one there must be none."""
-        self._is_broken = True
         try:
             if self._files.exists(path):
                 self._files.unlink(path)

@@ -26,7 +26,15 @@ import apsw
 from mesh.core.transfer import SLOT_BYTES
 from mesh.errors import ConfigError, ErrorReason, MeshError, ShortageError, UnavailableError
 from mesh.store import directory, vfs
-from mesh.store.database import NAME, SIDE_NAMES, check_database, damaged, open_database, translated
+from mesh.store.database import (
+    NAME,
+    SIDE_NAMES,
+    check_database,
+    close_database,
+    damaged,
+    open_database,
+    translated,
+)
 from mesh.store.failpoints import fail_at
 from mesh.store.files import FileLayer, Lock, OsFiles
 from mesh.store.pads import PadFiles
@@ -212,7 +220,7 @@ class Store:
         self._executor.shutdown()
         self.pads.close()
         self.reserve_files.close()
-        self._database.close(True)
+        close_database(self._database)
         if not self._files.is_native:
             vfs.forget(self._files)
         self._lock.release()
