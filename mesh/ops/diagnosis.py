@@ -155,7 +155,7 @@ def require_usable(
     diagnosis = diagnose(cert, key=key, ca=ca, expected=expected, now=now)
     if diagnosis.fatal:
         raise ConfigError(
-            f"{what}: " + "; ".join(finding.words for finding in diagnosis.fatal),
+            f"{what}.cert cannot be used: " + "; ".join(finding.words for finding in diagnosis.fatal),
             reason=ErrorReason.CERTIFICATE,
             facts={"cert": cert},
         )

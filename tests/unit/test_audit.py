@@ -1,0 +1,122 @@
+"""The audit log: one line per fact, owner only, bounded, and loud when it cannot write."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from mesh.errors import ConfigError, ErrorReason, UnavailableError
+from mesh.ops.audit import AuditLog
+from mesh.ops.logging import serving
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def test_line_carries_time_event_request_and_facts(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    with AuditLog(path, now_s=lambda: 1_700_000_000.25) as audit, serving("req-1"):
+        audit.record("key delivered", master="sae-a", key_id="k1", size_bytes=32)
+        audit.record("key delivered", request_id="other")
+    assert lines(path) == [
+        {
+            "ts": "2023-11-14T22:13:20.250Z",
+            "event": "key delivered",
+            "request_id": "req-1",
+            "master": "sae-a",
+            "key_id": "k1",
+            "size_bytes": 32,
+        },
+        {"ts": "2023-11-14T22:13:20.250Z", "event": "key delivered", "request_id": "other"},
+    ]
+
+
+def test_file_is_for_the_owner_and_appended(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    path.write_text('{"event":"old"}\n')
+    path.chmod(0o644)
+    with AuditLog(path) as audit:
+        audit.record("new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [line["event"] for line in lines(path)] == ["old", "new"]
+
+
+@pytest.mark.parametrize(
+    "value", [b"key", bytearray(b"key"), memoryview(b"key"), [b"key"], {"k": 1}, object()]
+)
+def test_bytes_are_refused(tmp_path: Path, value: object) -> None:
+    with AuditLog(tmp_path / "audit.log") as audit, pytest.raises(TypeError, match="value"):
+        audit.record("event", value=value)  # type: ignore[arg-type]
+    assert (tmp_path / "audit.log").read_bytes() == b""
+
+
+def test_rotation_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    with AuditLog(path, max_bytes=200, keep=2) as audit:
+        for number in range(20):
+            audit.record("event", number=number)
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert names == ["audit.log", "audit.log.1", "audit.log.2"]
+    kept = [line["number"] for name in reversed(names) for line in lines(tmp_path / name)]
+    assert kept == list(range(20))[-len(kept) :]
+    assert all(stat.S_IMODE(entry.stat().st_mode) == 0o600 for entry in tmp_path.iterdir())
+
+
+def test_many_lines_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes = []
+    real = os.write
+
+    def counting(descriptor: int, data: bytes) -> int:
+        writes.append(len(data))
+        return real(descriptor, data)
+
+    with AuditLog(tmp_path / "audit.log") as audit:
+        monkeypatch.setattr(os, "write", counting)
+        audit.record_all("event", [{"number": number} for number in range(5)])
+        audit.record_all("event", [])
+    assert len(writes) == 1
+    assert len(lines(tmp_path / "audit.log")) == 5
+
+
+def test_full_disk_fails_the_call_and_the_log_stays_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "audit.log"
+    real = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def torn(descriptor: int, data: bytes) -> int:
+        return real(descriptor, bytes(data)[:10])
+
+    with AuditLog(path) as audit:
+        for failure in (full, torn):
+            monkeypatch.setattr(os, "write", failure)
+            with pytest.raises(UnavailableError) as caught:
+                audit.record("lost")
+            assert caught.value.reason is ErrorReason.DISK_FULL
+        monkeypatch.setattr(os, "write", real)
+        audit.record("after")
+    assert json.loads(path.read_text().splitlines()[-1])["event"] == "after"
+
+
+def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "audit.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="audit_log"):
+        AuditLog(tmp_path / "audit.log")
+
+
+def test_closed_means_closed(tmp_path: Path) -> None:
+    audit = AuditLog(tmp_path / "audit.log")
+    audit.close()
+    audit.close()
+    with pytest.raises(UnavailableError) as caught:
+        audit.record("event")
+    assert caught.value.reason is ErrorReason.SHUTTING_DOWN
