@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import grpc
-
 from mesh.core.lane import LaneLimits
 from mesh.core.opening import NEXT_STEP
 from mesh.errors import CallerError, ErrorReason, MeshError, PeerError, RolledBackError, UnavailableError
@@ -24,7 +22,7 @@ from mesh.node.link import Link, LinkSettings, Surroundings
 from mesh.node.link_stream import LinkStream
 from mesh.node.ports import DocumentPort, LinkAlarms, PadRecorder, SharesHandler
 from mesh.node.tasks import Background
-from mesh.node.transport import DialledTransport, Transport
+from mesh.node.transport import Transport
 from mesh.sources.port import KeySource
 from mesh.store.store import Store
 from mesh.store.tables import Tables
@@ -92,7 +90,8 @@ class LinkPlane:
         store: open; ``begin_incarnation`` has written ``incarnation``.
         incarnation: id of this start, 16 bytes.
         links: the neighbours.
-        dial: a channel to a peer; raises UnavailableError when its address is not known.
+        dial: a new stream to a peer (``DialledTransport(channel)``); raises UnavailableError
+            when its address is not known.
         alarms, document, recorder: ports.
         handler: takes shares; may be set later, before :meth:`start`.
         randomness: cryptographic, by number of bytes.
@@ -107,7 +106,7 @@ class LinkPlane:
         incarnation: bytes,
         links: list[LinkConfig],
         *,
-        dial: Callable[[str], grpc.aio.Channel],
+        dial: Callable[[str], Transport],
         alarms: LinkAlarms,
         document: DocumentPort | None = None,
         recorder: PadRecorder | None = None,
@@ -222,9 +221,9 @@ class LinkPlane:
         while True:
             has_opened = False
             try:
-                channel = self._dial(link.peer)
+                transport = self._dial(link.peer)
                 began_s = self._around.now_s()
-                await self._serve(link, DialledTransport(channel), is_dialler=True)
+                await self._serve(link, transport, is_dialler=True)
                 has_opened = link.opened_at_s >= began_s
             except MeshError as error:
                 link.last_error = error.message
