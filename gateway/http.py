@@ -38,6 +38,7 @@ _STATUS_LINES: Final[Mapping[int, str]] = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
 }
 _JSON: Final = "Content-Type: application/json\r\nCache-Control: no-store\r\nContent-Length: "
+_EMPTY: Final = "Cache-Control: no-store\r\nContent-Length: "
 _UNAUTHORIZED: Final = Answer(HTTPStatus.UNAUTHORIZED, b"", "other", "not-authorized")
 
 
@@ -79,13 +80,14 @@ class Reply(web.StreamResponse):
 class Connection(RequestHandler):
     """One TLS connection and the SAE at its other end."""
 
-    __slots__ = ("_generation", "_identity", "_resumed", "_server")
+    __slots__ = ("_generation", "_identity", "_is_refused", "_resumed", "_server")
 
     def __init__(self, server: RestServer, **options: Any) -> None:
         super().__init__(server.low_level, **options)
         self._server = server
         self._identity: Caller | None = None
         self._generation = -1
+        self._is_refused = False
         self._resumed: asyncio.Event | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -119,6 +121,11 @@ class Connection(RequestHandler):
             self._resumed = None
         if self.transport is None:
             raise ConnectionResetError("connection lost")
+
+    def first_refusal(self) -> bool:
+        """True the first time it is asked."""
+        is_first, self._is_refused = not self._is_refused, True
+        return is_first
 
     def caller(self, identify: Identify, generation: int) -> Caller:
         """The SAE of this connection, read once per mapping.
@@ -263,7 +270,8 @@ class RestServer:
         try:
             caller = self._authenticate(connection)
         except NotAuthorizedError as error:
-            _LOG.warning("caller refused", extra={"cause": error.message, "request_id": request_id})
+            if connection.first_refusal():  # once per connection: a stranger must not fill the log
+                _LOG.warning("caller refused", extra={"cause": error.message, "request_id": request_id})
             return _UNAUTHORIZED
         if self._in_flight > self._limits.max_requests_in_flight:
             refusal = HttpRefusal(
@@ -348,7 +356,8 @@ class RestServer:
         second = int(self._now_s())
         if self._date[0] != second:
             self._date = (second, f"\r\nDate: {formatdate(second, usegmt=True)}\r\nX-Request-Id: ")
-        head = f"{_STATUS_LINES[answer.status]}{_JSON}{len(answer.body)}{self._date[1]}{request_id}\r\n"
+        head = f"{_STATUS_LINES[answer.status]}{_JSON if answer.body else _EMPTY}{len(answer.body)}"
+        head += f"{self._date[1]}{request_id}\r\n"
         if answer.headers:
             head += "".join([f"{name}: {value}\r\n" for name, value in answer.headers.items()])
         if not keep_alive:

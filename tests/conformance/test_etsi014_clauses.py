@@ -41,6 +41,7 @@ def assert_unauthorized(received: Received) -> None:
     """A 401 carries no body at all."""
     assert received.status == 401, received
     assert received.headers["content-length"] == "0"
+    assert "content-type" not in received.headers
     assert received.body == b""
 
 
