@@ -33,6 +33,8 @@ _MASK = (1 << 128) - 1
 #: Up to here one table of 256 products and Python integers win: about 1.8 µs a block, against
 #: a fixed 50 µs for the tables of the lanes.
 _SMALL_BLOCKS = 64
+#: 2^10 lanes: a row's 256 KiB of products stay in the second-level cache.
+_MAX_DOUBLINGS = 10
 #: What shifting a polynomial of degree 127 up by one adds: nothing, or the modulus.
 _OVERFLOW = (0, 1 << 128 | 0x87)
 
@@ -48,24 +50,22 @@ def secret_tag(u: Buffer, header: Buffer, secret: Buffer) -> bytes:
     if len(u) != KEY_BYTES:
         raise ValueError("the tag key has 48 bytes")
     c = int.from_bytes(u[:16], "little")
-    message = b"".join(
-        (
-            u[16:],  # d and e are the blocks before y_1: t = d + c * (e + c * (y_1 + c * (..)))
-            header,
-            bytes(-len(header) % _BLOCK),
-            secret,
-            bytes(-len(secret) % _BLOCK),
-            len(header).to_bytes(8, "little"),
-            len(secret).to_bytes(8, "little"),
-        )
+    # d and e are the blocks before y_1: t = d + c * (e + c * (y_1 + c * (..)))
+    lead = b"".join((u[16:], header, bytes(-len(header) % _BLOCK)))
+    tail = (
+        bytes(-len(secret) % _BLOCK) + len(header).to_bytes(8, "little") + len(secret).to_bytes(8, "little")
     )
-    return _evaluate(message, c).to_bytes(TAG_BYTES, "little")
+    if len(secret) > _SMALL_BLOCKS * _BLOCK:
+        message = lead + _fold(secret, tail, c)
+    else:
+        message = b"".join((lead, secret, tail))
+    while len(message) > _SMALL_BLOCKS * _BLOCK:
+        message = _fold(message, b"", c)
+    return _horner(message, c).to_bytes(TAG_BYTES, "little")
 
 
-def _evaluate(message: bytes, c: int) -> int:
+def _horner(message: bytes, c: int) -> int:
     """Sum of c^j times the j-th 16-byte block of ``message``, j from 0."""
-    while (count := len(message) // _BLOCK) > _SMALL_BLOCKS:
-        message = _fold(message, c, doublings=min(10, max(4, count.bit_length() - 6)))
     table = _byte_table(c)
     value = 0
     for at in reversed(range(0, len(message), _BLOCK)):
@@ -103,21 +103,31 @@ def _square(value: int) -> int:
     return _reduce(int(f"{value:b}", 4))
 
 
-def _fold(message: bytes, c: int, doublings: int) -> bytes:
-    """A message of 2^doublings blocks with the same value at ``c``.
+def _fold(message: Buffer, tail: bytes, c: int) -> bytes:
+    """L blocks, L a power of two, with the same value at ``c`` as ``message`` and ``tail`` together.
 
-    The blocks are dealt to L = 2^doublings interleaved lanes. A row of L blocks is worth c^L
-    times the row before it, so Horner's rule advances all lanes by one multiplication with
-    the constant c^L: sixteen look-ups per block, one per byte, each of a 16-byte product.
+    The blocks are dealt to L interleaved lanes. A row of L blocks is worth c^L times the row
+    before it, so Horner's rule advances all lanes by one multiplication with the constant
+    c^L: sixteen look-ups per block, one per byte, each of a 16-byte product.
+
+    Args:
+        message: more than 64 blocks, the last of which ``tail`` may complete.
+        tail: what follows it, so that both together are whole blocks; at most two of them.
+        c: the point.
     """
+    doublings = min(_MAX_DOUBLINGS, max(4, (len(message) // _BLOCK).bit_length() - 6))
     lanes = 1 << doublings
     for _ in range(doublings):
         c = _square(c)
     products = _position_tables(c)
-    words = np.frombuffer(message, "<u8")
-    top = (len(words) - 1) // (2 * lanes) * (2 * lanes)
-    state = np.zeros(2 * lanes, np.uint64)
-    state[: len(words) - top] = words[top:]
+    whole = len(message) // (lanes * _BLOCK) * (lanes * _BLOCK)
+    rest = bytes(memoryview(message)[whole:]) + tail
+    rest += bytes(-len(rest) % (lanes * _BLOCK))
+    rows: list[NDArray[np.uint64]] = [
+        *np.frombuffer(message, "<u8", count=whole // 8).reshape(-1, 2 * lanes),
+        *np.frombuffer(rest, "<u8").reshape(-1, 2 * lanes),
+    ]
+    state = rows.pop().copy()
     state_bytes = state.view(np.uint8).reshape(lanes, _BLOCK).T
     # Cell 256 * position + byte: byte 1 of every index stays the position, byte 0 is the lane's.
     cells = np.zeros((_BLOCK, lanes, 8), np.uint8)
@@ -126,12 +136,12 @@ def _fold(message: bytes, c: int, doublings: int) -> bytes:
     indices = cells.view("<i8").reshape(_BLOCK, lanes)
     found = np.empty((_BLOCK, lanes), np.complex128)
     found_words = found.view(np.uint64)
-    for row in range(top - 2 * lanes, -1, -2 * lanes):
+    for row in reversed(rows):
         low_bytes[:] = state_bytes
         products.take(indices, None, found, "wrap")
         np.bitwise_xor.reduce(found_words, axis=0, out=state)
-        state ^= words[row : row + 2 * lanes]
-    return state.tobytes()
+        state ^= row
+    return bytes(state)
 
 
 def _position_tables(c: int) -> NDArray[np.complex128]:

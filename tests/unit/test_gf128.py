@@ -93,6 +93,20 @@ def test_extreme_keys(extreme: bytes) -> None:
         assert secret_tag(extreme, b"\xff", secret) == form_b(product, extreme, b"\xff", secret)
 
 
+def test_every_length_around_the_first_rows() -> None:
+    """Whole rows, rows completed by the padding, by the lengths, and a lengths block in a row of its own."""
+    u = vector_message(48)
+    for size in (*range(1022, 1058), *range(1262, 1298)):
+        secret = vector_message(size)
+        assert secret_tag(u, b"head", secret) == form_b(product, u, b"head", secret), size
+
+
+def test_a_long_header() -> None:
+    u, header = vector_message(48), vector_message(5000)
+    for secret in (b"", vector_message(33), vector_message(2000)):
+        assert secret_tag(u, header, secret) == form_b(product, u, header, secret)
+
+
 def test_every_buffer_is_accepted() -> None:
     u, header, secret = vector_message(48), vector_message(20), vector_message(3000)
     expected = secret_tag(u, header, secret)
