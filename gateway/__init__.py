@@ -1,1 +1,1 @@
-"""The edge: ETSI GS QKD 014 over REST on one side, the mesh's key delivery on the other."""
+"""The REST side of keymesh: stateless, at the site of its SAEs; knows the mesh only through mesh.client."""
