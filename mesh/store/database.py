@@ -109,11 +109,12 @@ def _migrate(database: apsw.Connection, path: Path) -> None:
         )
     if version == schema.VERSION:
         return
-    with database:
-        for migration in schema.MIGRATIONS[version:]:
-            database.execute(migration)
-        database.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-        database.execute(f"PRAGMA user_version = {schema.VERSION}")
+    database.execute("BEGIN IMMEDIATE")
+    for migration in schema.MIGRATIONS[version:]:
+        database.execute(migration)
+    database.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+    database.execute(f"PRAGMA user_version = {schema.VERSION}")
+    database.execute("COMMIT")
 
 
 def close_database(database: apsw.Connection | None) -> None:
