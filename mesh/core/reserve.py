@@ -167,7 +167,7 @@ class OutboundReserve:
     # drawing
 
     def plan(self, number: int, per_key: int) -> list[Range] | None:
-        """The slot ranges, each a multiple of ``per_key``, that ``number`` keys would take; None if too few."""
+        """The slot ranges, each a multiple of ``per_key``, for ``number`` keys; None if too few."""
         pieces: list[Range] = []
         for start, stop in self._runs:
             take = min(number, (stop - start) // per_key)
@@ -183,7 +183,7 @@ class OutboundReserve:
         return sum((stop - start) // per_key for start, stop in self._runs)
 
     def draw_mark_wanted(self, end: int, stride: int) -> int | None:
-        """The mark to make durable before drawing up to ``end``; None if far enough. Never past the assign mark."""
+        """The mark to sync before drawing up to ``end``; None if far enough; never past the assign mark."""
         return None if end <= self.draw_mark else min(end + stride, self.assign_mark)
 
     def raise_draw_mark(self, mark: int) -> None:
@@ -225,6 +225,12 @@ class OutboundReserve:
         """The lowest unused sealed slot."""
         return self._sealed[0][0] if self._sealed else None
 
+    @property
+    def lowest_sealed_in_flight(self) -> int | None:
+        """The lowest slot of a sealed transfer that may still be confirmed."""
+        firsts = [first for first, entry in self._in_flight.items() if entry.kind is SlotKind.SEALED]
+        return min(firsts, default=None)
+
     def take_sealed(self, count: int) -> Range | None:
         """Takes consecutive sealed slots for one message; None if no run is long enough."""
         for index, (start, stop) in enumerate(self._sealed):
@@ -250,12 +256,12 @@ class DrawClock:
     """
 
     def __init__(self, *, step_s: float, known: Iterable[tuple[int, float]] = ()) -> None:
-        self._step_s = step_s
+        self.step_s = step_s
         self._points = sorted(known)
 
     def note(self, position: int, now_s: float) -> tuple[int, float] | None:
         """Notes the draw position; returns a point to make durable at most once per step."""
-        if self._points and (position <= self._points[-1][0] or now_s < self._points[-1][1] + self._step_s):
+        if self._points and (position <= self._points[-1][0] or now_s < self._points[-1][1] + self.step_s):
             return None
         if position == 0:
             return None
@@ -306,24 +312,24 @@ class InboundReserve:
 
     # appending
 
-    def begin_append(self, first: int, count: int) -> Range:
+    def begin_append(self, span: Range) -> None:
         """Reserves the range of an append that is about to be made durable.
 
         Raises:
             PeerError: PEER_REFUSED: it overlaps something present, redeemed or retired.
         """
-        span = Range(first, first + count)
         if (
-            first < self.retired_below
+            span.start < self.retired_below
             or self._keys.overlaps(span)
             or self._sealed.overlaps(span)
             or any(span.overlaps(other) for other in self._appending)
         ):
             raise PeerError(
-                _OVERLAP, reason=ErrorReason.PEER_REFUSED, facts={"epoch": self.epoch, "first_slot": first}
+                _OVERLAP,
+                reason=ErrorReason.PEER_REFUSED,
+                facts={"epoch": self.epoch, "first_slot": span.start},
             )
         self._appending.add(span)
-        return span
 
     def end_append(self, span: Range, kind: SlotKind, *, is_durable: bool) -> None:
         """The append is durable, and usable; or failed, and nothing of it stays."""

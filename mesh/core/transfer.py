@@ -300,6 +300,7 @@ class _Pending:
     shares: dict[int, bytes] = field(default_factory=dict)
     links: dict[int, str] = field(default_factory=dict)
     is_verified: bool = False
+    drop_at_s: float = 0.0
 
 
 class Collector:
@@ -311,14 +312,17 @@ class Collector:
     Args:
         max_pending: shares held per incoming link.
         max_pending_bytes: bytes held per incoming link.
+        keep_s: how long shares wait for their siblings, by the caller's clock (a header's expiry is
+            the source's clock, which may differ).
         randomness: 16 fresh bytes per call, for the consistency check of bulk shares.
     """
 
     def __init__(
-        self, *, max_pending: int, max_pending_bytes: int, randomness: Callable[[int], bytes]
+        self, *, max_pending: int, max_pending_bytes: int, keep_s: float, randomness: Callable[[int], bytes]
     ) -> None:
         self._max_pending = max_pending
         self._max_pending_bytes = max_pending_bytes
+        self._keep_s = keep_s
         self._randomness = randomness
         self._pending: dict[tuple[bytes, bytes], _Pending] = {}
         self._by_link: dict[str, OrderedDict[tuple[tuple[bytes, bytes], int], int]] = {}
@@ -334,7 +338,15 @@ class Collector:
         )
 
     def add(
-        self, header: TransferHeader, encoded: bytes, tag: bytes, *, route: int, came_from: str, share: bytes
+        self,
+        header: TransferHeader,
+        encoded: bytes,
+        tag: bytes,
+        *,
+        route: int,
+        came_from: str,
+        share: bytes,
+        now_s: float,
     ) -> Outcome | None:
         """Takes one share that passed ``check_hop`` and ``check_target``.
 
@@ -348,7 +360,7 @@ class Collector:
         key = (encoded, tag)
         entry = self._pending.get(key)
         if entry is None:
-            entry = self._pending[key] = _Pending(header, encoded, tag)
+            entry = self._pending[key] = _Pending(header, encoded, tag, drop_at_s=now_s + self._keep_s)
         if route in entry.shares or came_from in entry.links.values():
             return None
         entry.shares[route] = share
@@ -360,10 +372,10 @@ class Collector:
         return outcome
 
     def expire(self, now_s: float) -> list[Outcome]:
-        """Drops every transfer past its expiry; those that had k shares and no fit name suspects."""
+        """Drops every transfer that waited too long; those that had k shares and no fit name suspects."""
         outcomes: list[Outcome] = []
         for key, entry in list(self._pending.items()):
-            if entry.header.expires_at_s > now_s:
+            if entry.drop_at_s > now_s:
                 continue
             if not entry.is_verified and len(entry.shares) >= entry.header.grade.k:
                 outcomes.append(Failed(entry.header, tuple(sorted(entry.shares))))

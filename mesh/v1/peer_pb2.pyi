@@ -325,11 +325,14 @@ class KeyDeposit(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_S_FIELD_NUMBER: _builtins.int
     ORIGIN_DOMAIN_ID_FIELD_NUMBER: _builtins.int
+    GRADE_FIELD_NUMBER: _builtins.int
     master_sae_id: _builtins.str
     expires_at_s: _builtins.int
     """Seconds since the epoch after which the target may drop them."""
     origin_domain_id: _builtins.str
     """Room for borders: the domain that the keys came from, empty if ours."""
+    grade: _builtins.str
+    """The grade under which the keys were made."""
     @_builtins.property
     def slave_sae_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -342,10 +345,11 @@ class KeyDeposit(_message.Message):
         keys: _abc.Iterable[Global___StoredKey] | None = ...,
         expires_at_s: _builtins.int = ...,
         origin_domain_id: _builtins.str = ...,
+        grade: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at_s", b"expires_at_s", "keys", b"keys", "master_sae_id", b"master_sae_id", "origin_domain_id", b"origin_domain_id", "slave_sae_ids", b"slave_sae_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at_s", b"expires_at_s", "grade", b"grade", "keys", b"keys", "master_sae_id", b"master_sae_id", "origin_domain_id", b"origin_domain_id", "slave_sae_ids", b"slave_sae_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,1 +1,1 @@
-"""gRPC services of a node: each handler decodes, calls one function, encodes."""
+"""gRPC services of a node: each method decodes, calls one function, encodes."""

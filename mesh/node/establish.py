@@ -1,0 +1,384 @@
+"""The source's end of an establish: claim on n links, share, tag, send, wait for the confirm.
+
+Owns protocol 3.1, 3.2, 3.5, 3.6 and 4.6 at the source, for any (k,n) over n disjoint routes; trusted
+relay is (1,1). The order is the pad rule's: slots assigned under a durable mark, lanes claimed, and
+only then anything sent, with no await between claim and send. What fails forfeits its slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mesh.core import mac, otp, sharing
+from mesh.core.network import NetworkDocument
+from mesh.core.transfer import (
+    CONFIRM_KEY_BYTES,
+    PREFIX_BYTES,
+    SLOT_BYTES,
+    ConfirmMessage,
+    SlotKind,
+    TransferHeader,
+    TransferId,
+    split_secret,
+    transfer_tag,
+)
+from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, TagMismatchError, UnavailableError
+from mesh.node.keyports import DocumentView, PeerCaller, RoutePort, Surroundings
+from mesh.node.outbound import OutboundBook
+from mesh.node.ports import Claim, LinkPlanePort, LinkPort
+from mesh.node.reserves import Reserves
+from mesh.node.tasks import Background
+from mesh.v1.link_pb2 import ShareItem
+from mesh.v1.peer_pb2 import ConfirmRequest, TransferAnswer, TransferQuery
+from mesh.v1.peer_pb2 import TransferId as TransferIdProto
+
+BULK, ON_DEMAND = 0, 1
+_EXPIRES_AFTER_S = 60
+_FIRST_QUERY_S = 0.5
+_MAX_QUERY_PAUSE_S = 4.0
+_MAX_IN_FLIGHT = 1024
+_MAX_WRONG_CONFIRMS = 1 << 10
+_OPEN_TRIES = 4
+
+_LOG = logging.getLogger("keymesh.establish")
+
+
+class _EpochRefusedError(PeerError):
+    """The target does not take appends in this epoch: it must be given up."""
+
+
+@dataclass(slots=True, repr=False)
+class _Transfer:
+    """A transfer that was sent and is neither confirmed nor forfeited."""
+
+    header: TransferHeader
+    tag: bytes
+    confirm_key: bytes
+    book: OutboundBook
+    is_confirmed: bool = False
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    wrong_confirms: int = 0
+
+    def __repr__(self) -> str:
+        return f"_Transfer({self.header.transfer})"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to establish.
+
+    Attributes:
+        target: the other KME.
+        slots: slots asked for, at least one.
+        kind: keys or sealed.
+        priority: BULK or ON_DEMAND; relays may drop bulk when material is short.
+        persists: keep a durable copy (refills, sealed slots); on-demand keys are drawn at once.
+        attachment: plaintext of a deposit to apply with the append, empty for none.
+        request_id: for logs along the way.
+    """
+
+    target: str
+    slots: int
+    kind: SlotKind = SlotKind.KEYS
+    priority: int = ON_DEMAND
+    persists: bool = False
+    attachment: bytes = b""
+    request_id: str = ""
+
+
+class Establisher:
+    """Runs establishes and takes their confirms.
+
+    Args:
+        open_epoch: gives the attachment (plaintext) that opens an epoch at a target; it is called
+            only when an earlier epoch has to be closed there.
+    """
+
+    def __init__(
+        self,
+        around: Surroundings,
+        *,
+        links: LinkPlanePort,
+        reserves: Reserves,
+        routes: RoutePort,
+        directory: DocumentView,
+        peers: PeerCaller,
+        tasks: Background,
+        open_epoch: Callable[[str, int], bytes],
+    ) -> None:
+        self._around = around
+        self._links = links
+        self._reserves = reserves
+        self._routes = routes
+        self._directory = directory
+        self._peers = peers
+        self._tasks = tasks
+        self._open_epoch = open_epoch
+        self._in_flight: dict[TransferId, _Transfer] = {}
+        self._opening: dict[str, asyncio.Lock] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Transfers sent and not settled."""
+        return len(self._in_flight)
+
+    async def establish(self, order: Order, *, timeout_s: float) -> OutboundBook:
+        """Establishes fresh slots with the target; returns the reserve that holds them, confirmed.
+
+        A target that forgot (an unproven restart) makes the source forfeit and open a new epoch;
+        that happens inside this call.
+
+        Raises:
+            ShortageError: no route, no material, too much in flight, or the grade cannot be met.
+            UnavailableError: a neighbour or the target cannot be reached in time.
+            PeerError: the target refused.
+        """
+        deadline = self._around.monotonic_s() + timeout_s
+        for _ in range(_OPEN_TRIES):
+            book = await self._current(order.target)
+            if book.is_opened:
+                if await self._run(order, book, deadline):
+                    return book
+                continue
+            async with self._opening.setdefault(order.target, asyncio.Lock()):
+                if book.is_opened or not book.is_open:
+                    continue
+                opens = book.epoch > 0
+                if opens and order.attachment:
+                    # A transfer has one attachment: open the epoch with a transfer of its own.
+                    await self._run(Order(order.target, 1), book, deadline, opens=True)
+                elif await self._run(order, book, deadline, opens=opens):
+                    return book
+        raise UnavailableError(
+            "the other node takes no transfer now", reason=ErrorReason.PEER_UNREACHABLE, retry_after_s=2.0
+        )
+
+    async def _current(self, target: str) -> OutboundBook:
+        """The current epoch towards a target, of the pair's grade (3.4); made when there is none."""
+        grade = str(self._document().policy(self._around.own_id, target).grade)
+        book = self._reserves.outbound.get(target)
+        if book is not None and book.grade != grade:
+            self.forget_epoch(book)
+            book = None
+        if book is None:
+            async with self._opening.setdefault(target, asyncio.Lock()):
+                book = self._reserves.outbound.get(target)
+                if book is None:
+                    epoch = self._reserves.next_outbound_epoch(target)
+                    book = await self._reserves.open_outbound(target, epoch, grade)
+        return book
+
+    async def _run(self, order: Order, book: OutboundBook, deadline: float, *, opens: bool = False) -> bool:
+        """One transfer in one epoch. True: confirmed and usable; False: the epoch had to go."""
+        if len(self._in_flight) >= _MAX_IN_FLIGHT:
+            raise ShortageError("too many transfers in flight", reason=ErrorReason.BUSY, retry_after_s=1.0)
+        attachment = self._open_epoch(book.peer, book.epoch) if opens else order.attachment
+        routes = self._routes.routes(book.peer)
+        draws = order.kind is SlotKind.KEYS and not order.persists
+        first = await book.assign(order.slots, order.kind, draws=draws)
+        is_confirmed = False
+        transfer: _Transfer | None = None
+        try:
+            length = PREFIX_BYTES + len(attachment) + SLOT_BYTES * order.slots
+            links = await self._ready(routes, length, deadline)
+            transfer = self._send(order, book, first=first, attachment=attachment, routes=routes, links=links)
+            if order.persists:
+                self._tasks.spawn(book.persist(first, int(self._around.now_s())))
+            await self._await_confirm(transfer, deadline)
+            is_confirmed = True
+        except _EpochRefusedError:
+            self.forget_epoch(book)
+        finally:
+            if transfer is not None:
+                self._in_flight.pop(transfer.header.transfer, None)
+                is_confirmed = is_confirmed or transfer.is_confirmed
+            if not is_confirmed:
+                book.forfeit(first)
+        return is_confirmed and book.is_open
+
+    async def _ready(self, routes: Sequence[tuple[str, ...]], length: int, deadline: float) -> list[LinkPort]:
+        """All first links, each with that much claimable, at one moment (no await after it)."""
+        links: list[LinkPort] = []
+        for route in routes:
+            link = self._links.link(route[1])
+            if link is None:
+                raise ShortageError("no link to the first node of the route", reason=ErrorReason.NO_ROUTE)
+            links.append(link)
+        while True:
+            for link in links:
+                if link.claimable() < length:
+                    await link.ready(length, timeout_s=max(0.0, deadline - self._around.monotonic_s()))
+            if all(link.claimable() >= length for link in links):
+                return links
+            if self._around.monotonic_s() >= deadline:
+                raise ShortageError("lane material was taken by others", retry_after_s=1.0)
+
+    def _send(
+        self,
+        order: Order,
+        book: OutboundBook,
+        *,
+        first: int,
+        attachment: bytes,
+        routes: Sequence[tuple[str, ...]],
+        links: Sequence[LinkPort],
+    ) -> _Transfer:
+        """Claims on every link, derives shares and tag, sends: one sync section (pad rule 8)."""
+        grade = self._document().policy(self._around.own_id, book.peer).grade
+        if str(grade) != book.grade or len(routes) != grade.n:
+            raise ShortageError(
+                "the pair's grade changed", reason=ErrorReason.GRADE_UNAVAILABLE, retry_after_s=0.1
+            )
+        length = PREFIX_BYTES + len(attachment) + SLOT_BYTES * order.slots
+        claims: list[Claim] = []
+        for index, link in enumerate(links):
+            claims.append(link.claim(length, 0) if index < grade.k else link.claim(0, length))
+        secret, derived = sharing.derive(grade.k, grade.n, [claim.raw for claim in claims[: grade.k]])
+        parts = split_secret(secret, len(attachment))
+        header = TransferHeader(
+            transfer=TransferId(self._around.own_id, book.peer, book.epoch, first),
+            slot_count=order.slots,
+            kind=order.kind,
+            grade=grade,
+            routes=tuple(routes),
+            expires_at_s=int(self._around.now_s()) + _EXPIRES_AFTER_S,
+            attachment=otp.xor(attachment, parts.attachment_pad) if attachment else b"",
+        )
+        encoded = header.encode()
+        tag = transfer_tag(encoded, secret)
+        book.hold(first, order.slots, order.kind, parts.payload)
+        transfer = _Transfer(header, tag, parts.confirm_key, book)
+        self._in_flight[header.transfer] = transfer
+        for index, (link, claim) in enumerate(zip(links, claims, strict=True)):
+            item = ShareItem(
+                header=encoded,
+                tag=tag,
+                route=index,
+                hop=0,
+                length_bytes=length,
+                is_raw=index < grade.k,
+                request_id=order.request_id[:64],
+                priority=order.priority,
+            )
+            link.send(claim, [item], b"" if index < grade.k else derived[index - grade.k])
+        return transfer
+
+    async def _await_confirm(self, transfer: _Transfer, deadline: float) -> None:
+        """Waits for the confirm; asks the target when it is late (its own message may be lost)."""
+        pause = _FIRST_QUERY_S
+        while True:
+            left = deadline - self._around.monotonic_s()
+            if left <= 0:
+                raise UnavailableError(
+                    "the transfer was not confirmed in time",
+                    reason=ErrorReason.DEADLINE_EXCEEDED,
+                    retry_after_s=1.0,
+                )
+            try:
+                await asyncio.wait_for(asyncio.shield(transfer.done), min(pause, left))
+            except TimeoutError:
+                await self._query(
+                    transfer, timeout_s=min(2.0, max(0.1, deadline - self._around.monotonic_s()))
+                )
+                pause = min(pause * 2, _MAX_QUERY_PAUSE_S)
+            else:
+                return
+
+    async def _query(self, transfer: _Transfer, *, timeout_s: float) -> None:
+        t = transfer.header.transfer
+        wanted = TransferIdProto(
+            source_kme_id=t.source, target_kme_id=t.target, epoch=t.epoch, first_slot=t.first_slot
+        )
+        try:
+            answer = await self._peers.query(t.target, TransferQuery(transfer=wanted), timeout_s=timeout_s)
+        except MeshError as exc:
+            _LOG.info("transfer query failed", extra={"peer": t.target, "cause": str(exc)})
+            return
+        if answer.state == TransferAnswer.APPENDED:
+            try:
+                self.on_confirm(answer.confirm)
+            except (PeerError, TagMismatchError) as exc:
+                _LOG.warning("transfer query answered wrongly", extra={"peer": t.target, "cause": str(exc)})
+        elif answer.state == TransferAnswer.REFUSED:
+            self._refused(transfer, answer)
+
+    def _refused(self, transfer: _Transfer, answer: TransferAnswer) -> None:
+        """Nobody authenticates a refusal: it costs the transfer, and at most one epoch number."""
+        target = transfer.header.transfer.target
+        if transfer.done.done():
+            return
+        if answer.reason == ErrorReason.PEER_REFUSED:
+            self._reserves.skip_epochs(target, answer.highest_epoch)
+            transfer.done.set_exception(_EpochRefusedError("the target refused the reserve epoch"))
+            return
+        transfer.done.set_exception(
+            PeerError(
+                "the target refused the transfer",
+                reason=ErrorReason.PEER_REFUSED,
+                retry_after_s=1.0,
+                facts={"target": target, "cause": answer.reason[:64]},
+            )
+        )
+
+    def on_confirm(self, request: ConfirmRequest) -> bool:
+        """Takes a confirm; False when the transfer is unknown or forfeited here (3.6).
+
+        Raises:
+            PeerError: malformed, or of another transfer than its key.
+            TagMismatchError: not made with the transfer's confirm key.
+        """
+        message = ConfirmMessage.decode(request.message)
+        transfer = self._in_flight.get(message.transfer)
+        if transfer is None:
+            return False
+        try:
+            mac.verify_one_time_tag(transfer.confirm_key[:CONFIRM_KEY_BYTES], request.tag, request.message)
+        except TagMismatchError:
+            self._count_wrong(transfer)
+            raise
+        if (message.slot_count, message.tag) != (transfer.header.slot_count, transfer.tag):
+            raise PeerError("confirm does not fit its transfer", facts={"target": message.transfer.target})
+        del self._in_flight[message.transfer]
+        self._settle(transfer, message)
+        return True
+
+    def _settle(self, transfer: _Transfer, message: ConfirmMessage) -> None:
+        now_s = int(self._around.now_s())
+        book = transfer.book
+        transfer.is_confirmed = True
+        is_reborn = self._reserves.note_lineage(book.peer, message.lineage)
+        if is_reborn and book.is_opened:
+            # The target may have lost what it confirmed before: forfeit, open a new epoch (4.6).
+            self.forget_epoch(book)
+        book.is_opened = True
+        if book.is_open:
+            book.confirm(message.transfer.first_slot, now_s)
+        if not transfer.done.done():
+            transfer.done.set_result(None)
+
+    def forget_epoch(self, book: OutboundBook) -> None:
+        """Forfeits the undrawn rest of an epoch; the next establish opens another."""
+        _LOG.warning("reserve epoch forfeited", extra={"peer": book.peer, "epoch": book.epoch})
+        self._reserves.retire_outbound(book, int(self._around.now_s()))
+
+    def _count_wrong(self, transfer: _Transfer) -> None:
+        transfer.wrong_confirms += 1
+        if transfer.wrong_confirms < _MAX_WRONG_CONFIRMS or transfer.done.done():
+            return
+        t = transfer.header.transfer
+        self._around.alarms.raise_alarm(
+            f"establish/{t.target}/confirm-tags",
+            "critical",
+            f"{_MAX_WRONG_CONFIRMS} wrong confirm tags for one transfer",
+            "look for someone between the nodes who holds a node certificate",
+        )
+        transfer.done.set_exception(TagMismatchError())
+
+    def _document(self) -> NetworkDocument:
+        document = self._directory.document
+        if document is None:
+            raise ShortageError("no network document yet", reason=ErrorReason.NO_ROUTE, retry_after_s=1.0)
+        return document

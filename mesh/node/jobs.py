@@ -1,0 +1,246 @@
+"""Sealed messages between KMEs at the source: sealed once, durable, sent until answered.
+
+Owns protocol 4.8 on the sending side: bytes and use of slots are durable before the first send, every
+later send is identical, the job goes with its authenticated answer. Results older than the lowest open
+job may be forgotten by the target.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from mesh.core.ranges import Range
+from mesh.core.sealed import Envelope, encode_attachment, seal, slots_needed, verify_answer
+from mesh.core.transfer import KEY_PART_BYTES, SlotKind
+from mesh.errors import ErrorReason, MeshError, PeerError, TagMismatchError, UnavailableError
+from mesh.node.establish import Establisher, Order
+from mesh.node.keyports import PeerCaller, Surroundings
+from mesh.node.outbound import OutboundBook
+from mesh.node.reserves import Reserves
+from mesh.node.tasks import Background
+from mesh.store.store import Store
+from mesh.store.tables import JobRow, Tables
+from mesh.v1.peer_pb2 import DepositRequest, DepositResponse, OpenEpoch, SealedAnswer, SealedMessage
+
+SEALED_SLOTS = 32
+_SEND_TIMEOUT_S = 3.0
+_FIRST_PAUSE_S = 0.2
+_MAX_PAUSE_S = 30.0
+_MAX_REFUSALS = 8
+_JOB_KIND = "sealed"
+
+_LOG = logging.getLogger("keymesh.jobs")
+
+
+@dataclass(slots=True, repr=False)
+class _Job:
+    """A sealed message that is not answered yet."""
+
+    job_id: bytes
+    peer: str
+    request: DepositRequest
+    answer_key: bytes
+    answered: asyncio.Future[SealedAnswer]
+
+
+class Jobs:
+    """Sends sealed messages; survives restarts."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        *,
+        store: Store,
+        reserves: Reserves,
+        establisher: Establisher,
+        peers: PeerCaller,
+        tasks: Background,
+    ) -> None:
+        self._around = around
+        self._store = store
+        self._reserves = reserves
+        self._establisher = establisher
+        self._peers = peers
+        self._tasks = tasks
+        self._open: dict[bytes, _Job] = {}
+        self._filling: dict[str, asyncio.Lock] = {}
+
+    def resume(self) -> None:
+        """Goes on with the jobs that a restart interrupted."""
+        for row in self._store.read(lambda tables: tables.jobs.list(kind=_JOB_KIND)):
+            self._start(row.job_id, row.peer, row.payload)
+
+    def open_jobs(self, peer: str) -> int:
+        """Messages to a peer that are not answered."""
+        return sum(job.peer == peer for job in self._open.values())
+
+    def lowest_unanswered(self, peer: str, epoch: int) -> int | None:
+        """The lowest sealed slot of an unanswered message: no retire passes it (4.7)."""
+        slots = [
+            job.request.first_slot
+            for job in self._open.values()
+            if job.peer == peer and job.request.epoch == epoch
+        ]
+        return min(slots, default=None)
+
+    async def send(self, peer: str, message: SealedMessage, *, timeout_s: float) -> SealedAnswer:
+        """Seals, stores and sends a message, and waits for its answer.
+
+        After a timeout the message goes on being sent; its effect is then unknown to the caller.
+
+        Raises:
+            ShortageError, UnavailableError: no sealed slots could be had, or no answer came in time.
+            PeerError: the target does not know the slots (it lost its state).
+        """
+        deadline = self._around.monotonic_s() + timeout_s
+        job = await self.submit(peer, message, timeout_s=timeout_s)
+        try:
+            left_s = max(0.0, deadline - self._around.monotonic_s())
+            return await asyncio.wait_for(asyncio.shield(job.answered), left_s)
+        except TimeoutError as exc:
+            raise UnavailableError(
+                "a sealed message was not answered in time",
+                reason=ErrorReason.DEADLINE_EXCEEDED,
+                retry_after_s=1.0,
+            ) from exc
+
+    async def submit(self, peer: str, message: SealedMessage, *, timeout_s: float) -> _Job:
+        """Makes a message durable and starts sending it; does not wait for the answer."""
+        body = message.SerializeToString()
+        book, span = await self._slots(peer, slots_needed(len(body)), timeout_s)
+        tags, keys = book.sealed_parts(span)
+        job_id = self._around.randomness(16)
+
+        def change(tables: Tables) -> bytes:
+            number = tables.jobs.next_number(peer)
+            lowest = tables.jobs.lowest_open(peer)
+            envelope = Envelope(
+                source=self._around.own_id,
+                target=peer,
+                epoch=book.epoch,
+                first_slot=span.start,
+                slot_count=len(span),
+                job_id=job_id,
+                job_number=number,
+                lowest_open_job=number if lowest is None else lowest,
+            )
+            ciphertext, tag = seal(envelope, body, tag_parts=tags, key_parts=keys)
+            request = DepositRequest(
+                source_kme_id=envelope.source,
+                target_kme_id=peer,
+                epoch=envelope.epoch,
+                first_slot=envelope.first_slot,
+                slot_count=envelope.slot_count,
+                ciphertext=ciphertext,
+                tag=tag,
+                job_id=job_id,
+                job_number=number,
+                lowest_open_job=envelope.lowest_open_job,
+            )
+            payload = keys[:KEY_PART_BYTES] + request.SerializeToString()
+            tables.slots.add_used(book.reserve_id, span.start, span.stop)
+            tables.jobs.put(JobRow(job_id, number, _JOB_KIND, peer, "open", payload))
+            return payload
+
+        payload = await self._store.commit(change)
+        book.wipe_sealed(span)
+        return self._start(job_id, peer, payload)
+
+    async def _slots(self, peer: str, count: int, timeout_s: float) -> tuple[OutboundBook, Range]:
+        """Sealed slots for one message; establishes more when there are too few."""
+        deadline = self._around.monotonic_s() + timeout_s
+        async with self._filling.setdefault(peer, asyncio.Lock()):
+            while True:
+                book = self._reserves.outbound.get(peer)
+                span = book.slots.take_sealed(count) if book is not None and book.is_open else None
+                if book is not None and span is not None:
+                    return book, span
+                order = Order(peer, max(count, SEALED_SLOTS), SlotKind.SEALED, persists=True)
+                left_s = max(0.1, deadline - self._around.monotonic_s())
+                await self._establisher.establish(order, timeout_s=left_s)
+
+    def _start(self, job_id: bytes, peer: str, payload: bytes) -> _Job:
+        request = DepositRequest.FromString(payload[KEY_PART_BYTES:])
+        answered: asyncio.Future[SealedAnswer] = asyncio.get_running_loop().create_future()
+        answered.add_done_callback(_retrieve)
+        job = self._open[job_id] = _Job(job_id, peer, request, payload[:KEY_PART_BYTES], answered)
+        self._tasks.spawn(self._deliver(job))
+        return job
+
+    async def _deliver(self, job: _Job) -> None:
+        """Sends until answered; gives up only when the target has refused again and again."""
+        pause_s = _FIRST_PAUSE_S
+        refusals = 0
+        while True:
+            try:
+                response = await self._peers.deposit(job.peer, job.request, timeout_s=_SEND_TIMEOUT_S)
+                answer = self._verified(job, response)
+            except PeerError as exc:
+                refusals += 1
+                _LOG.warning("sealed message refused", extra={"peer": job.peer, "cause": str(exc)})
+                if refusals >= _MAX_REFUSALS:
+                    await self._give_up(job)
+                    return
+            except MeshError as exc:
+                _LOG.info("sealed message not delivered", extra={"peer": job.peer, "cause": str(exc)})
+            else:
+                await self._finish(job, answer)
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+
+    def _verified(self, job: _Job, response: DepositResponse) -> SealedAnswer:
+        request = job.request
+        envelope = Envelope(
+            source=request.source_kme_id,
+            target=request.target_kme_id,
+            epoch=request.epoch,
+            first_slot=request.first_slot,
+            slot_count=request.slot_count,
+            job_id=request.job_id,
+            job_number=request.job_number,
+            lowest_open_job=request.lowest_open_job,
+        )
+        try:
+            verify_answer(job.answer_key, envelope, response.answer, response.tag)
+        except TagMismatchError as exc:
+            raise PeerError("the answer to a sealed message is not authentic") from exc
+        return SealedAnswer.FromString(response.answer)
+
+    async def _finish(self, job: _Job, answer: SealedAnswer) -> None:
+        await self._store.commit(lambda tables: tables.jobs.delete(job.job_id))
+        self._open.pop(job.job_id, None)
+        book = self._reserves.outbound.get(job.peer)
+        if self._reserves.note_lineage(job.peer, answer.lineage) and book is not None:
+            self._establisher.forget_epoch(book)
+        if not job.answered.done():
+            job.answered.set_result(answer)
+
+    async def _give_up(self, job: _Job) -> None:
+        """The target does not hold these slots: it lost its state, or somebody answers in its name."""
+        await self._store.commit(lambda tables: tables.jobs.delete(job.job_id))
+        self._open.pop(job.job_id, None)
+        self._around.alarms.raise_alarm(
+            f"deposit/{job.peer}/refused",
+            "warning",
+            "a sealed message was refused again and again; it was given up",
+            "check whether the other node lost its data directory",
+        )
+        if not job.answered.done():
+            job.answered.set_exception(
+                PeerError("the target refused a sealed message", reason=ErrorReason.PEER_REFUSED)
+            )
+
+
+def open_epoch_attachment(job_id: bytes, epoch: int) -> bytes:
+    """The attachment (plaintext) that opens an epoch at its target; job number 0, never resent."""
+    message = SealedMessage(open_epoch=OpenEpoch(epoch=epoch))
+    return encode_attachment(job_id, 0, 0, message.SerializeToString())
+
+
+def _retrieve(future: asyncio.Future[SealedAnswer]) -> None:
+    """Marks an error as seen: a job nobody waits for reports through its alarm."""
+    if not future.cancelled():
+        future.exception()

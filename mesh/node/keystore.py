@@ -1,0 +1,211 @@
+"""Keys whose ID is not an address: same-KME keys, and keys for several slaves.
+
+Owns protocol 4.9. Their IDs are random UUIDs of version 4, so they never look like addressed ones.
+Same-KME keys are lane bytes XOR operating-system randomness: the neighbour on that lane knows the
+lane bytes, whoever predicts the system's generator knows the other half, and only both together know
+the key. With a slave elsewhere the bytes come from the reserve to that slave's KME instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+
+from mesh.core import otp
+from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
+from mesh.node.jobs import Jobs
+from mesh.node.keyports import Surroundings
+from mesh.node.ports import LinkPlanePort
+from mesh.node.supply import Keys, Supply
+from mesh.node.tasks import Background
+from mesh.store.store import Store
+from mesh.store.tables import StoredKeyRow, Tables
+from mesh.v1.peer_pb2 import KeyDeposit, SealedAnswer, SealedMessage, StoredKey, VoidKeys
+
+_MAX_DEPOSIT_BYTES = 128 * 1024
+_VOID_TIMEOUT_S = 30.0
+LOCAL_GRADE = "local"
+
+_LOG = logging.getLogger("keymesh.keystore")
+
+
+class StoredKeys:
+    """Makes stored keys and brings them to every slave's KME before the master learns them."""
+
+    def __init__(
+        self,
+        around: Surroundings,
+        *,
+        store: Store,
+        links: LinkPlanePort,
+        supply: Supply,
+        jobs: Jobs,
+        tasks: Background,
+        lifetime_s: float,
+    ) -> None:
+        self._around = around
+        self._store = store
+        self._links = links
+        self._supply = supply
+        self._jobs = jobs
+        self._tasks = tasks
+        self._lifetime_s = lifetime_s
+
+    async def create(
+        self,
+        master: str,
+        slaves: Mapping[str, Sequence[str]],
+        number: int,
+        size_bytes: int,
+        *,
+        timeout_s: float,
+        request_id: str,
+    ) -> tuple[Keys, str]:
+        """Keys for slaves at one or more KMEs; returned once all of those hold them durably.
+
+        Args:
+            slaves: slave SAE ids by the KME where they are homed; this one included.
+
+        Raises:
+            ShortageError, UnavailableError, PeerError: not all targets took the keys; those that
+                did are told to void them.
+        """
+        deadline = self._around.monotonic_s() + timeout_s
+        remote = sorted(kme for kme in slaves if kme != self._around.own_id)
+        if remote:
+            drawn, grade = await self._supply.draw(
+                remote[0],
+                master,
+                slaves[remote[0]][0],
+                number,
+                size_bytes,
+                timeout_s=timeout_s,
+                request_id=request_id,
+            )
+            values = [value for _, value in drawn]
+        else:
+            values, grade = await self._local_values(number, size_bytes, timeout_s), LOCAL_GRADE
+        keys = [(_random_id(self._around.randomness(16)), value) for value in values]
+        expires_at_s = int(self._around.now_s() + self._lifetime_s)
+        here = slaves.get(self._around.own_id, ())
+        if here:
+            rows = [
+                StoredKeyRow(master, key_id, value, expires_at_s, "", grade, dict.fromkeys(here, False))
+                for key_id, value in keys
+            ]
+            await self._store.commit(lambda tables: tables.keystore.put_stored_keys(rows))
+        if remote:
+            targets = {kme: slaves[kme] for kme in remote}
+            await self._deposit(
+                master, targets, keys, grade=grade, expires_at_s=expires_at_s, deadline=deadline
+            )
+        return keys, grade
+
+    async def _deposit(
+        self,
+        master: str,
+        targets: Mapping[str, Sequence[str]],
+        keys: Keys,
+        *,
+        grade: str,
+        expires_at_s: int,
+        deadline: float,
+    ) -> None:
+        """All targets acknowledge, or all void (4.9)."""
+        left_s = max(0.1, deadline - self._around.monotonic_s())
+        messages = [
+            (kme, SealedMessage(keys=self._message(master, saes, part, grade, expires_at_s)))
+            for kme, saes in targets.items()
+            for part in _parts(keys)
+        ]
+        outcomes = await asyncio.gather(
+            *(self._jobs.send(kme, message, timeout_s=left_s) for kme, message in messages),
+            return_exceptions=True,
+        )
+        error = next((problem for outcome in outcomes if (problem := _problem(outcome)) is not None), None)
+        if error is None:
+            return
+        key_ids = [key_id for key_id, _ in keys]
+        await self._store.commit(lambda tables: _void_here(tables, master, key_ids))
+        for kme in targets:
+            self._tasks.spawn(self._void(kme, master, key_ids))
+        raise error
+
+    async def _void(self, kme: str, master: str, key_ids: Sequence[bytes]) -> None:
+        message = SealedMessage(void_keys=VoidKeys(master_sae_id=master, key_ids=key_ids))
+        try:
+            await self._jobs.submit(kme, message, timeout_s=_VOID_TIMEOUT_S)
+        except MeshError as exc:
+            # The keys' IDs were never given to anybody, and expire.
+            _LOG.warning("void not sent", extra={"peer": kme, "cause": str(exc)})
+
+    @staticmethod
+    def _message(master: str, saes: Sequence[str], keys: Keys, grade: str, expires_at_s: int) -> KeyDeposit:
+        return KeyDeposit(
+            master_sae_id=master,
+            slave_sae_ids=saes,
+            keys=[StoredKey(key_id=key_id, value=value) for key_id, value in keys],
+            expires_at_s=expires_at_s,
+            grade=grade,
+        )
+
+    async def _local_values(self, number: int, size_bytes: int, timeout_s: float) -> list[bytes]:
+        total = number * size_bytes
+        lane_bytes = bytearray()
+        deadline = self._around.monotonic_s() + timeout_s
+        while len(lane_bytes) < total:
+            link = max(
+                (link for link in self._links.links.values() if link.is_open),
+                key=lambda link: link.status().transmit.usable,
+                default=None,
+            )
+            if link is None:
+                raise ShortageError(
+                    "no open link whose bytes a same-KME key could be made of", retry_after_s=2.0
+                )
+            piece = min(total - len(lane_bytes), max(1, link.max_frame_bytes - 32))
+            if link.claimable() < piece:
+                await link.ready(piece, timeout_s=max(0.0, deadline - self._around.monotonic_s()))
+            if link.claimable() >= piece:
+                lane_bytes += link.take_local(piece)
+        mixed = otp.xor(lane_bytes, self._around.randomness(total))
+        return [mixed[at : at + size_bytes] for at in range(0, total, size_bytes)]
+
+    def local_level_bytes(self) -> int:
+        """Bytes that same-KME keys could be made of now."""
+        return sum(link.status().transmit.usable for link in self._links.links.values() if link.is_open)
+
+
+def _void_here(tables: Tables, master: str, key_ids: Sequence[bytes]) -> None:
+    for key_id in key_ids:
+        tables.keystore.void(master, key_id)
+
+
+def _parts(keys: Keys) -> list[Keys]:
+    """Keys in pieces that one deposit carries."""
+    each = max(1, _MAX_DEPOSIT_BYTES // (len(keys[0][1]) + 32))
+    return [keys[at : at + each] for at in range(0, len(keys), each)]
+
+
+def _problem(outcome: SealedAnswer | BaseException) -> BaseException | None:
+    if isinstance(outcome, BaseException):
+        return outcome
+    if outcome.applied:
+        return None
+    if outcome.reason in (ErrorReason.NOT_AUTHORIZED, ErrorReason.UNKNOWN_SAE):
+        # The two ends hold different network documents for now.
+        return UnavailableError(
+            "a target does not know the master or a slave as we do",
+            reason=ErrorReason.PEER_REFUSED,
+            retry_after_s=5.0,
+        )
+    return PeerError("a target did not take the keys", reason=ErrorReason.PEER_REFUSED, retry_after_s=1.0)
+
+
+def _random_id(randomness: bytes) -> bytes:
+    """A UUID of version 4 from 16 random bytes."""
+    value = bytearray(randomness)
+    value[6] = (value[6] & 0x0F) | 0x40
+    value[8] = (value[8] & 0x3F) | 0x80
+    return bytes(value)

@@ -1,0 +1,102 @@
+"""The key-delivery service for gateways and internal tools (keys.proto)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from mesh.errors import CallerError, ErrorReason, MeshError
+from mesh.node.keyplane import Delivered, KeyPlane
+from mesh.rpc.status import failure_from
+from mesh.v1 import keys_pb2 as pb
+from mesh.v1.keys_pb2_grpc import KeyDeliveryServicer
+
+MAX_BATCH = 256
+
+Audit = Callable[[str, Sequence[dict[str, Any]]], None]
+
+
+class KeyDeliveryService(KeyDeliveryServicer):
+    """Batches in, batches out; an element's failure is part of the answer.
+
+    Args:
+        plane: decides.
+        staleness_s: age of what the directory said, in seconds.
+        audit: writes one line per element (who, pair, key_IDs, result); raising it withholds the answer.
+    """
+
+    def __init__(
+        self, plane: KeyPlane, *, staleness_s: Callable[[], float], audit: Audit | None = None
+    ) -> None:
+        self._plane = plane
+        self._staleness_s = staleness_s
+        self._audit = audit
+
+    async def GetStatus(self, request: pb.StatusRequest, context: object) -> pb.StatusResponse:
+        """What the node can deliver to a pair."""
+        response = self._plane.status(request)
+        response.directory_staleness_s = min(self._staleness_s(), 1e9)
+        return response
+
+    async def GetKeys(self, request: pb.GetKeysRequest, context: object) -> pb.GetKeysResponse:
+        """Draws keys for masters."""
+        _check_batch(len(request.requests))
+        results = await self._plane.get_keys(request.requests)
+        if self._audit is not None:
+            self._audit(
+                "keys_drawn",
+                [
+                    _line(one.master_sae_id, one.slave_sae_id, one.request_id, result)
+                    for one, result in zip(request.requests, results, strict=True)
+                ],
+            )
+        return pb.GetKeysResponse(results=[_encoded(result) for result in results])
+
+    async def GetKeysById(self, request: pb.GetKeysByIdRequest, context: object) -> pb.GetKeysByIdResponse:
+        """Redeems keys for slaves."""
+        _check_batch(len(request.requests))
+        results = await self._plane.get_keys_by_id(request.requests)
+        if self._audit is not None:
+            self._audit(
+                "keys_redeemed",
+                [
+                    _line(one.master_sae_id, one.slave_sae_id, one.request_id, result)
+                    for one, result in zip(request.requests, results, strict=True)
+                ],
+            )
+        return pb.GetKeysByIdResponse(results=[_encoded(result) for result in results])
+
+    async def WatchLevels(self, request: pb.WatchLevelsRequest, context: object) -> AsyncIterator[pb.Level]:
+        """Reserve levels, as they change."""
+        async for level in self._plane.watch_levels(request.peer_kme_id):
+            yield level
+
+
+def _check_batch(size: int) -> None:
+    if size > MAX_BATCH:
+        raise CallerError(
+            "too many requests in one batch",
+            reason=ErrorReason.LIMIT_EXCEEDED,
+            facts={"field": "requests", "at_most": MAX_BATCH},
+        )
+
+
+def _encoded(result: Delivered) -> pb.KeyResult:
+    if isinstance(result, MeshError):
+        return pb.KeyResult(failure=failure_from(result))
+    encoded = pb.KeyResult()
+    encoded.keys.grade = result.grade
+    add = encoded.keys.keys.add
+    for key_id, value in result.keys:
+        add(key_id=key_id, value=value)
+    return encoded
+
+
+def _line(master: str, slave: str, request_id: str, result: Delivered) -> dict[str, Any]:
+    line: dict[str, Any] = {"master": master, "slave": slave, "request_id": request_id}
+    if isinstance(result, MeshError):
+        line["result"] = result.reason.value
+    else:
+        line["result"] = "ok"
+        line["key_ids"] = [key_id.hex() for key_id, _ in result.keys]
+    return line

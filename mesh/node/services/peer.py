@@ -1,0 +1,33 @@
+"""The service between two KMEs that are ends of a reserve (peer.proto).
+
+The caller's certificate only keeps strangers out: what a call achieves is decided by reserve bytes.
+"""
+
+from __future__ import annotations
+
+from mesh.errors import PeerError, TagMismatchError
+from mesh.node.keyplane import KeyPlane
+from mesh.v1 import peer_pb2 as pb
+from mesh.v1.peer_pb2_grpc import PeerServicer
+
+
+class PeerService(PeerServicer):
+    """Confirms, transfer queries and deposits."""
+
+    def __init__(self, plane: KeyPlane) -> None:
+        self._plane = plane
+
+    async def Confirm(self, request: pb.ConfirmRequest, context: object) -> pb.ConfirmResponse:
+        """A target says that it holds a transfer."""
+        try:
+            return pb.ConfirmResponse(accepted=self._plane.establisher.on_confirm(request))
+        except TagMismatchError as exc:
+            raise PeerError("confirm refused") from exc
+
+    async def QueryTransfer(self, request: pb.TransferQuery, context: object) -> pb.TransferAnswer:
+        """A source asks what became of its transfer."""
+        return self._plane.appender.on_query(request)
+
+    async def Deposit(self, request: pb.DepositRequest, context: object) -> pb.DepositResponse:
+        """A sealed message from a source."""
+        return await self._plane.deposits.on_deposit(request)

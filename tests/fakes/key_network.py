@@ -1,0 +1,232 @@
+"""A network of real key planes over the fake wire, with real stores, for tests of the key plane."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mesh.core.network import NetworkDocument
+from mesh.core.network_parse import parse_document
+from mesh.core.policy import AccessTable
+from mesh.core.topology import build_graph, routes_for_pair
+from mesh.errors import MeshError, UnavailableError
+from mesh.node.keyplane import DeliveredKeys, KeyPlane
+from mesh.node.keyports import Incarnation, KeyPlaneConfig, Surroundings
+from mesh.ops.alarms import Alarms
+from mesh.store.store import Store
+from mesh.v1.keys_pb2 import KeyByIdRequest, KeyRequest
+from mesh.v1.peer_pb2 import (
+    ConfirmRequest,
+    ConfirmResponse,
+    DepositRequest,
+    DepositResponse,
+    TransferAnswer,
+    TransferQuery,
+)
+from tests.fakes.link_wire import FakeLinks, Wire
+
+NO_PREFILL = KeyPlaneConfig(access=AccessTable.open(), prefill=False)
+
+
+@dataclass
+class Clock:
+    """Wall-clock seconds that a test may move."""
+
+    offset_s: float = 0.0
+    base_s: float = 1_700_000_000.0
+
+    def now_s(self) -> float:
+        """Seconds since 1970."""
+        return self.base_s + self.offset_s
+
+
+@dataclass
+class Documents:
+    """The document in force at one node."""
+
+    document: NetworkDocument | None
+
+
+class FixedRoutes:
+    """Routes over the document, as the directory would find them."""
+
+    def __init__(self, own: str, documents: Documents) -> None:
+        self._own = own
+        self._documents = documents
+
+    def routes(self, target: str) -> tuple[tuple[str, ...], ...]:
+        """Cheapest disjoint routes."""
+        document = self._documents.document
+        assert document is not None
+        return routes_for_pair(document, build_graph(document), self._own, target)
+
+
+class DirectPeers:
+    """Calls other planes in the same process; a test may cut calls or meddle with them."""
+
+    def __init__(self, network: KeyNetwork, own: str) -> None:
+        self._network = network
+        self._own = own
+
+    async def confirm(self, kme_id: str, request: ConfirmRequest, *, timeout_s: float) -> ConfirmResponse:
+        """Confirm."""
+        await self._network.pass_call("confirm", self._own, kme_id, request)
+        return ConfirmResponse(accepted=self._network.plane(kme_id).establisher.on_confirm(request))
+
+    async def query(self, kme_id: str, request: TransferQuery, *, timeout_s: float) -> TransferAnswer:
+        """Transfer query."""
+        await self._network.pass_call("query", self._own, kme_id, request)
+        return self._network.plane(kme_id).appender.on_query(request)
+
+    async def deposit(self, kme_id: str, request: DepositRequest, *, timeout_s: float) -> DepositResponse:
+        """Deposit."""
+        await self._network.pass_call("deposit", self._own, kme_id, request)
+        response = await self._network.plane(kme_id).deposits.on_deposit(request)
+        await self._network.pass_call("deposit-answer", kme_id, self._own, response)
+        return response
+
+
+@dataclass
+class Site:
+    """One node of the network."""
+
+    kme_id: str
+    path: Path
+    documents: Documents
+    alarms: Alarms = field(default_factory=Alarms)
+    store: Store | None = None
+    plane: KeyPlane | None = None
+
+
+class KeyNetwork:
+    """Nodes by id; start, stop, crash and restart them; ask as gateways would."""
+
+    def __init__(
+        self,
+        root: Path,
+        document: Mapping[str, Any],
+        *,
+        filled: int = 16 << 20,
+        config: KeyPlaneConfig = NO_PREFILL,
+    ) -> None:
+        self.root = root
+        self.config = config
+        self.document = parse_document(document)
+        self.wire = Wire([(link.a, link.b) for link in self.document.links], filled=filled)
+        self.clock = Clock()
+        self.calls: list[tuple[str, str, str, Any]] = []
+        self.on_call: Callable[[str, str, str, Any], bool] = lambda *_: True
+        self.delay_s = 0.0
+        self.sites = {kme: Site(kme, root / kme, Documents(self.document)) for kme in self.document.nodes}
+
+    async def pass_call(self, kind: str, own: str, peer: str, message: Any) -> None:
+        """Records a call; fails it when the test says so."""
+        self.calls.append((kind, own, peer, message))
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+        if not self.on_call(kind, own, peer, message) or self.sites[peer].plane is None:
+            raise UnavailableError("cut by the test")
+
+    def plane(self, kme: str) -> KeyPlane:
+        """The running plane of a node."""
+        plane = self.sites[kme].plane
+        assert plane is not None
+        return plane
+
+    def store(self, kme: str) -> Store:
+        """The open store of a node."""
+        store = self.sites[kme].store
+        assert store is not None
+        return store
+
+    async def start(self, *kmes: str, is_proven: bool | None = None) -> None:
+        """Starts nodes, all by default."""
+        for kme in kmes or tuple(self.sites):
+            site = self.sites[kme]
+            proofs = self.root / "proofs"
+            proofs.mkdir(exist_ok=True)
+            store = Store.open(site.path, kme_id=kme, proof_dir=None)
+            if is_proven is not None:
+                store.is_proven_restart = is_proven
+            incarnation = os.urandom(16)
+            store.begin_incarnation(incarnation)
+            around = Surroundings(
+                own_id=kme,
+                now_s=self.clock.now_s,
+                monotonic_s=asyncio.get_running_loop().time,
+                randomness=os.urandom,
+                alarms=site.alarms,
+            )
+            plane = KeyPlane(
+                around,
+                self.config,
+                store=store,
+                links=self.wire.planes.get(kme) or FakeLinks(self.wire, kme),
+                directory=site.documents,
+                routes=FixedRoutes(kme, site.documents),
+                peers=DirectPeers(self, kme),
+                incarnation=Incarnation(incarnation, store.is_proven_restart),
+            )
+            if kme in self.wire.planes:
+                self.wire.planes[kme].handler = plane.shares
+            await plane.start()
+            site.store, site.plane = store, plane
+
+    async def stop(self, *kmes: str) -> None:
+        """Stops nodes, all by default."""
+        for kme in kmes or tuple(self.sites):
+            site = self.sites[kme]
+            plane, site.plane = site.plane, None
+            if plane is not None:
+                await plane.stop()
+            if site.store is not None:
+                site.store.close()
+                site.store = None
+
+    async def restart(self, kme: str, *, is_proven: bool = True) -> None:
+        """A process restart: proven, or as after a reboot."""
+        await self.stop(kme)
+        await self.start(kme, is_proven=is_proven)
+
+    def set_document(self, document: Mapping[str, Any], *kmes: str) -> None:
+        """Another network document, at all nodes by default."""
+        for kme in kmes or tuple(self.sites):
+            self.sites[kme].documents.document = parse_document(document)
+
+    async def get(
+        self,
+        master: str,
+        slave: str,
+        number: int = 1,
+        size_bytes: int = 32,
+        more: Sequence[str] = (),
+        at: str = "",
+    ) -> DeliveredKeys:
+        """Keys for a master at its home; raises what the gateway would get."""
+        kme = at or self.document.home(master)
+        assert kme is not None
+        request = KeyRequest(
+            master_sae_id=master,
+            slave_sae_id=slave,
+            number=number,
+            size_bytes=size_bytes,
+            additional_slave_sae_ids=more,
+        )
+        return _raised((await self.plane(kme).get_keys([request]))[0])
+
+    async def redeem(self, slave: str, master: str, key_ids: Sequence[bytes], at: str = "") -> DeliveredKeys:
+        """Keys for a slave at its home."""
+        kme = at or self.document.home(slave)
+        assert kme is not None
+        request = KeyByIdRequest(slave_sae_id=slave, master_sae_id=master, key_ids=key_ids)
+        return _raised((await self.plane(kme).get_keys_by_id([request]))[0])
+
+
+def _raised(result: DeliveredKeys | MeshError) -> DeliveredKeys:
+    if isinstance(result, MeshError):
+        raise result
+    return result
