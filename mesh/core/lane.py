@@ -188,9 +188,12 @@ class WriterLane(_Lane):
 
     Attributes:
         reported: the receiver's last authenticated position.
+        base: where an unproven restart put the writer; the window counts from there until the
+            receiver reports from beyond, else not even the hello could go (1.10).
     """
 
     reported: int = 0
+    base: int = 0
 
     @property
     def tail_bytes(self) -> int:
@@ -277,7 +280,7 @@ class WriterLane(_Lane):
     def jump(self, position: int) -> None:
         """Forfeit everything below ``position``; never goes back."""
         if position > self.position:
-            self.position = position
+            self.position = self.base = position
             self.material.discard_below(position)
 
     def past_peer(self, position: int, window_bytes: int) -> int:
@@ -300,7 +303,7 @@ class WriterLane(_Lane):
         return max(self.mark, position, min(beyond, self.filled))
 
     def _limit(self, purpose: Purpose) -> int:
-        return stretch(self.holes, self.reported, self.limits.allowance(purpose))
+        return stretch(self.holes, max(self.reported, self.base), self.limits.allowance(purpose))
 
 
 @dataclass(slots=True)

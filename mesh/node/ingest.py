@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from google.protobuf.message import DecodeError
 
@@ -45,6 +45,8 @@ _LOG = logging.getLogger("keymesh.ingest")
 #: Answered blocks remembered per lane: more than a leader may have open.
 KEPT_BLOCKS = 32
 MAX_EPOCH_STEP = 1024
+#: Offsets of the leader's outbound and inbound lane below which all blocks are decided.
+Decided: TypeAlias = tuple[int, int]
 _VERDICT_STATE = {
     BlockAnswer.LOST: BlockState.DISCARDED,
     BlockAnswer.MISMATCH: BlockState.QUARANTINED,
@@ -116,10 +118,10 @@ class Ingest:
         del stream
         self.wake()
 
-    def on_offer(self, offer: bytes, stream: LinkStream, *, in_frame: bool) -> None:
-        """A leader's offer came; only a follower takes it."""
+    def on_offer(self, offer: bytes, stream: LinkStream, decided: Decided | None) -> None:
+        """A leader's offer came, with ``decided`` if in a frame; only a follower takes it."""
         del offer, stream
-        if in_frame:
+        if decided is not None:
             raise PeerError("only the leader offers blocks")
 
     def on_answer(self, answer: BlockAnswer, *, in_frame: bool) -> None:
@@ -135,6 +137,14 @@ class Ingest:
     def discarded_block_ids(self) -> list[bytes]:
         """What a leader tells in its hello."""
         return []
+
+    def decided(self) -> Decided:
+        """What a leader tells with its offers: below it, every block is decided."""
+        return (0, 0)
+
+    def on_open(self) -> None:
+        """Both hellos verified."""
+        self.wake()
 
     async def before_reset(self) -> None:
         """The lanes are about to be thrown away."""
@@ -290,9 +300,25 @@ class BlockLeader(Ingest):
         """What this leader has discarded lately."""
         return list(self._discarded)
 
+    def decided(self) -> Decided:
+        """The lowest offset of an open offer per lane, else the lane's end."""
+        outbound, inbound = (
+            min(
+                (row.start for row in self._open.values() if row.lane_id == end.lane_id),
+                default=end.lane.filled,
+            )
+            for end in self._ends()
+        )
+        return outbound, inbound
+
     def on_greeted(self, stream: LinkStream) -> None:
-        """Resend at once what waits for an answer; meet the other end's epochs (see _meet_epochs)."""
+        """Resend at once what waits for an answer."""
         del stream
+        self._sent_at_s.clear()
+        self.wake()
+
+    def on_open(self) -> None:
+        """Resend at once, in frames now, what waits for an answer."""
         self._sent_at_s.clear()
         self.wake()
 
@@ -365,8 +391,8 @@ class BlockLeader(Ingest):
         levels: list[tuple[int, int, AnyEnd]] = []
         for order, end in enumerate(self._ends()):
             waiting = [row for row in self._open.values() if row.lane_id == end.lane_id]
-            if waiting and not end.has_first_block:
-                continue  # without the root no other block is of use: one at a time
+            if waiting and not (end.has_first_block and self.link.is_open):
+                continue  # at first contact one at a time: see _resend
             level = end.lane.usable_bytes
             if end.is_outbound:
                 level += sum(row.stop - row.start for row in waiting)
@@ -425,16 +451,27 @@ class BlockLeader(Ingest):
         self._open[block.block_id] = row
         # A receiver reads a block once it has synced it; a writer waits for the accept.
         self._join(end, extent, is_usable=not end.is_outbound)
-        self._send(row)
+        self._resend()
 
     def _resend(self) -> None:
+        """Send what is due, lower offsets first; in clear only the lowest of each lane.
+
+        A clear offer has no ``decided`` beside it: that it is sent says that all below is.
+        """
         now_s = self.link.now_s()
-        for row in list(self._open.values()):
+        lanes_done: set[int] = set()
+        for row in sorted(self._open.values(), key=lambda one: (one.lane_id, one.start)):
+            if row.lane_id in lanes_done:
+                continue
+            if not self.link.is_open:
+                lanes_done.add(row.lane_id)
             if now_s - self._sent_at_s.get(row.block_id, -1e9) >= self.settings.resend_s:
                 self._send(row)
 
     def _send(self, row: BlockRow) -> None:
-        if not self.link.frames_can_go and not self._cap.take(self.link.now_s()):
+        if not self.link.can_offer:
+            return
+        if not self.link.is_open and not self._cap.take(self.link.now_s()):
             return
         if self.link.post_offer(row.message):
             self._sent_at_s[row.block_id] = self.link.now_s()
@@ -512,12 +549,12 @@ class BlockFollower(Ingest):
 
     def __init__(self, link: Link, source: KeySource | None, settings: IngestSettings) -> None:
         super().__init__(link, source, settings)
-        self._offers: deque[tuple[bytes, LinkStream, bool]] = deque(maxlen=32)
+        self._offers: deque[tuple[bytes, LinkStream, Decided | None]] = deque(maxlen=32)
         self._to_discard: deque[bytes] = deque(maxlen=KEPT_BLOCKS)
 
-    def on_offer(self, offer: bytes, stream: LinkStream, *, in_frame: bool) -> None:
+    def on_offer(self, offer: bytes, stream: LinkStream, decided: Decided | None) -> None:
         """Queue the offer for the worker."""
-        self._offers.append((offer, stream, in_frame))
+        self._offers.append((offer, stream, decided))
         self.wake()
 
     def on_discarded(self, block_ids: Iterable[bytes]) -> None:
@@ -547,8 +584,9 @@ class BlockFollower(Ingest):
             if block_id in end.blocks:
                 await self._give_up(end, block_id, BlockState.DISCARDED, None)
 
-    async def _take(self, offer: bytes, stream: LinkStream, in_frame: bool) -> None:
+    async def _take(self, offer: bytes, stream: LinkStream, decided: Decided | None) -> None:
         block, tag = parse_offer(offer)
+        in_frame = decided is not None
         end = self._end(leader_writes=block.leader_writes)
         if block.block_id in end.blocks:
             stored = self.link.store.read(lambda tables: tables.blocks.get(block.block_id))
@@ -559,7 +597,9 @@ class BlockFollower(Ingest):
             return
         if not in_frame and not (self.link.is_first_contact and self._cap.take(self.link.now_s())):
             return
-        if end.lane.usable_bytes + block.length_bytes > 2 * self.link.settings.limits.pool_bytes:
+        is_gap = block.epoch == end.lane.epoch and block.offset > end.lane.filled
+        is_too_early = is_gap and decided is not None and block.offset > decided[not block.leader_writes]
+        if is_too_early or end.lane.usable_bytes > 2 * self.link.settings.limits.pool_bytes:
             self._answer(block.block_id, BlockAnswer.BUSY, stream)
             return
         await self._fetch(end, block, tag, offer, stream, in_frame=in_frame)

@@ -109,8 +109,10 @@ class LinkLanes:
         self.rx = self._load_rx(rx)
 
     def _load_tx(self, row: LaneRow) -> LaneEnd[WriterLane]:
-        reported = self._store.read(lambda tables: tables.meta.serial(self._reported_name(row.epoch)))
-        lane = WriterLane(row.epoch, self.limits, mark=row.mark, reported=reported)
+        reported, base = self._store.read(
+            lambda tables: [tables.meta.serial(name) for name in self._serials(row.epoch)]
+        )
+        lane = WriterLane(row.epoch, self.limits, mark=row.mark, reported=reported, base=base)
         return self._fill(LaneEnd(row.lane_id, True, lane, self._material(), row.root, row.mark > 0))
 
     def _load_rx(self, row: LaneRow) -> LaneEnd[ReaderLane]:
@@ -151,8 +153,9 @@ class LinkLanes:
             end.lane.material.discard_below(end.lane.position)
         return end
 
-    def _reported_name(self, epoch: int) -> str:
-        return f"reported/{self.peer}/{epoch}"
+    def _serials(self, epoch: int) -> tuple[str, str]:
+        """Names of what is kept beside an outbound mark: the last report, the window's base."""
+        return f"reported/{self.peer}/{epoch}", f"base/{self.peer}/{epoch}"
 
     # -- marks ----------------------------------------------------------------------------
 
@@ -169,14 +172,15 @@ class LinkLanes:
         await self._store.commit(change)
         end.lane.mark_moved(max(end.lane.mark, mark))
 
-    def put_mark(self, tables: Tables, end: AnyEnd, mark: int) -> None:
+    def put_mark(self, tables: Tables, end: AnyEnd, mark: int, *, base: int | None = None) -> None:
         """Inside a change: move the mark up to ``mark``, and note the last report with it."""
         if mark > tables.lanes.get(end.lane_id).mark:
             tables.lanes.set_mark(end.lane_id, mark)
         if isinstance(end.lane, WriterLane):
-            name = self._reported_name(end.lane.epoch)
-            if end.lane.reported > tables.meta.serial(name):
-                tables.meta.raise_serial(name, end.lane.reported)
+            values = end.lane.reported, end.lane.base if base is None else base
+            for name, value in zip(self._serials(end.lane.epoch), values, strict=True):
+                if value > tables.meta.serial(name):
+                    tables.meta.raise_serial(name, value)
 
     def mark_ahead(self, end: AnyEnd) -> None:
         """Move a mark in the background when little is left below it."""

@@ -429,6 +429,7 @@ class Link:
         while waiting.offers and len(waiting.offers[0]) + 16 <= room:
             offer = waiting.offers.popleft()
             meta.offers.append(offer)
+            meta.transmit_decided_below, meta.receive_decided_below = self.ingest.decided()
             room -= len(offer) + 16
         if waiting.wants_document:
             waiting.wants_document = False
@@ -462,16 +463,17 @@ class Link:
         self.on_discarded(meta.discarded_block_ids)
         for answer in meta.answers:
             self.on_answer(answer, in_frame=True)
+        decided = meta.transmit_decided_below, meta.receive_decided_below
         for offer in meta.offers:
-            self.on_offer(offer, stream, in_frame=True)
+            self.ingest.on_offer(offer, stream, decided)
         if meta.network_document:
             self.document.offer(meta.network_document)
         if meta.shares:
             self._around.handler().on_shares(self.peer, _split(meta.shares, raw, plaintext))
 
-    def on_offer(self, offer: bytes, stream: LinkStream, *, in_frame: bool) -> None:
-        """A block offer came."""
-        self.ingest.on_offer(offer, stream, in_frame=in_frame)
+    def on_clear_offer(self, offer: bytes, stream: LinkStream) -> None:
+        """A block offer came in clear."""
+        self.ingest.on_offer(offer, stream, None)
 
     def on_answer(self, answer: BlockAnswer, *, in_frame: bool) -> None:
         """A block answer came."""
@@ -625,7 +627,7 @@ class Link:
         for end in (self.lanes.tx, self.lanes.rx):
             self.lanes.mark_ahead(end)
         self._around.handler().on_link_open(self.peer)
-        self.ingest.wake()
+        self.ingest.on_open()
         self.notify()
 
     def tidy(self) -> None:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from mesh.core import frame as frames
 from mesh.core.frame import Frame, FrameKind
-from mesh.core.lane import ROOT_BYTES, TAG_KEY_BYTES, Purpose
+from mesh.core.lane import TAG_KEY_BYTES, Purpose
 from mesh.core.opening import INCARNATION_BYTES, NONCE_BYTES, Hello, OurSide, judge, speaks_first
 from mesh.errors import (
     ErrorReason,
@@ -212,7 +212,7 @@ class LinkStream:
         elif self.theirs is None:
             raise PeerError("the first message must be a greeting")
         elif kind == "offer":
-            self._link.on_offer(message.offer, self, in_frame=False)
+            self._link.on_clear_offer(message.offer, self)
         elif kind == "answer":
             self._link.on_answer(message.answer, in_frame=False)
 
@@ -295,6 +295,7 @@ class LinkStream:
     async def _on_hello(self, frame: Frame, meta: link_pb2.FrameMeta) -> None:
         """A hello verified: judge it, make durable what follows, then go on from there."""
         if self.is_verified:
+            await self._on_later_hello(frame)
             return
         link, lanes, theirs = self._link, self._link.lanes, self.theirs
         if theirs is None or not meta.HasField("hello"):
@@ -313,9 +314,11 @@ class LinkStream:
             ),
         )
 
+        jumped = position if position > lanes.tx.lane.position else 0
+
         def change(tables: Tables) -> None:
             lanes.put_mark(tables, lanes.rx, frame.span.stop)
-            lanes.put_mark(tables, lanes.tx, position if position > ROOT_BYTES else 0)
+            lanes.put_mark(tables, lanes.tx, jumped, base=jumped)
             for end in (lanes.tx, lanes.rx):
                 tables.lanes.settle(end.lane_id)
             tables.peers.set_peer_incarnation(
@@ -328,14 +331,23 @@ class LinkStream:
         await link.store.commit(change)
         lanes.accepted(frame.span, "hello")
         lanes.rx.lane.mark_moved(max(lanes.rx.lane.mark, frame.span.stop))
-        if position > ROOT_BYTES:
-            lanes.tx.lane.mark_moved(max(lanes.tx.lane.mark, position))
+        lanes.tx.lane.mark_moved(max(lanes.tx.lane.mark, jumped))
         lanes.tx.lane.jump(position)
         lanes.tx.lane.take_report(hello.receive_position)
         self.is_verified = True
+        if jumped:
+            self._hello_is_sent = False  # one sent before the jump left the receiver behind
         link.on_verified(self, hello)
         link.on_discarded(meta.discarded_block_ids)
         self.wake()
+
+    async def _on_later_hello(self, frame: Frame) -> None:
+        """The peer jumped after its first hello (both unproven): its second one moves us along."""
+        lanes = self._link.lanes
+        if frame.span.start < lanes.rx.lane.position or frame.span.stop > lanes.rx.lane.hello_limit:
+            return
+        await lanes.raise_mark(lanes.rx, frame.span.stop)
+        lanes.accepted(frame.span, "hello")
 
     def _open(self) -> None:
         self.is_open = self.has_opened = True

@@ -141,6 +141,8 @@ class FrameMeta(_message.Message):
     ANSWERS_FIELD_NUMBER: _builtins.int
     NETWORK_DOCUMENT_FIELD_NUMBER: _builtins.int
     DISCARDED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    TRANSMIT_DECIDED_BELOW_FIELD_NUMBER: _builtins.int
+    RECEIVE_DECIDED_BELOW_FIELD_NUMBER: _builtins.int
     receive_position: _builtins.int
     """The sender's position as the reader of the other lane, in bytes."""
     receive_epoch: _builtins.int
@@ -149,6 +151,11 @@ class FrameMeta(_message.Message):
     """The signed network document, for a peer whose serial is lower.
     At most 1 MiB.
     """
+    transmit_decided_below: _builtins.int
+    """With offers: all blocks that end at or below this offset of the leader's
+    outbound (inbound) lane are decided, so that a gap below it is a hole.
+    """
+    receive_decided_below: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Set in the one hello that each end sends per stream."""
@@ -182,10 +189,12 @@ class FrameMeta(_message.Message):
         answers: _abc.Iterable[Global___BlockAnswer] | None = ...,
         network_document: _builtins.bytes = ...,
         discarded_block_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        transmit_decided_below: _builtins.int = ...,
+        receive_decided_below: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "discarded_block_ids", b"discarded_block_ids", "hello", b"hello", "network_document", b"network_document", "offers", b"offers", "receive_epoch", b"receive_epoch", "receive_position", b"receive_position", "shares", b"shares"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "discarded_block_ids", b"discarded_block_ids", "hello", b"hello", "network_document", b"network_document", "offers", b"offers", "receive_decided_below", b"receive_decided_below", "receive_epoch", b"receive_epoch", "receive_position", b"receive_position", "shares", b"shares", "transmit_decided_below", b"transmit_decided_below"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

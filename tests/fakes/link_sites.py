@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +24,21 @@ from mesh.node.links import LinkConfig, LinkPlane
 from mesh.node.transport import Transport
 from mesh.ops.alarms import Alarms
 from mesh.sources.port import DeviceKey
+from mesh.store.files import OsFiles
 from mesh.store.store import Store
 from mesh.v1.link_pb2 import ShareItem
+
+
+@contextmanager
+def proof_folder() -> Iterator[Path | None]:
+    """A folder on tmpfs for proofs of restarts, None where there is no tmpfs."""
+    shm = Path("/dev/shm")
+    if not OsFiles().is_tmpfs(shm):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        yield Path(folder)
+
 
 FAST_INGEST = IngestSettings(
     poll_min_s=0.005, poll_max_s=0.02, resend_s=0.1, first_contact_per_s=50.0, first_contact_burst=8
@@ -241,7 +256,7 @@ class Site:
     async def until(self, check: Callable[[], bool], timeout_s: float = 8.0) -> None:
         """Wait for a condition."""
         async with asyncio.timeout(timeout_s):
-            while not check():
+            while not check():  # noqa: ASYNC110 - conditions are anything a test can see
                 await asyncio.sleep(0.005)
 
     async def until_open(self) -> None:
