@@ -1,0 +1,439 @@
+"""A node (KME): the one place where its parts are built, started and stopped.
+
+Order of life: the store first (it holds the lock), then this start's incarnation, durable
+before anything is said to anybody; the directory and the document; links and key plane; last
+the server, so that nobody is admitted to half a node. Stopping goes the other way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from mesh import __version__
+from mesh.core.identity import Identity, Role
+from mesh.core.mac import require_poly1305
+from mesh.core.policy import AccessTable, Limits, Rate
+from mesh.directory.document import DocumentKeeper, read_source
+from mesh.directory.etcd import EtcdClient, EtcdTls
+from mesh.directory.etcd_directory import EtcdDirectory
+from mesh.directory.port import Directory
+from mesh.directory.static import StaticDirectory
+from mesh.errors import ConfigError, MeshError, UnavailableError
+from mesh.node.config import LinkSection, NodeConfig, load_node_config
+from mesh.node.documents import PeerDocuments, build_keeper
+from mesh.node.keyplane import KeyPlane
+from mesh.node.keyports import Incarnation, KeyPlaneConfig, Surroundings
+from mesh.node.links import LinkConfig, LinkPlane
+from mesh.node.pad_recorder import JsonlPadRecorder
+from mesh.node.peers import GrpcPeers
+from mesh.node.publishing import Publisher
+from mesh.node.routing import DirectoryRoutes
+from mesh.node.services.admin import AdminService
+from mesh.node.services.keys import KeyDeliveryService
+from mesh.node.services.link import LinkService, add_link_service
+from mesh.node.services.peer import PeerService
+from mesh.node.tasks import Background
+from mesh.node.telemetry import Telemetry, certificate_expiry_s, missing_for_service
+from mesh.node.transport import DialledTransport
+from mesh.ops.alarms import Alarms
+from mesh.ops.audit import AuditLog
+from mesh.ops.http import OpsServer, split_host_port
+from mesh.ops.logging import setup_logging
+from mesh.ops.metrics import Metrics
+from mesh.ops.runtime import EXIT_CONFIG
+from mesh.ops.runtime import run as run_process
+from mesh.ops.tls import TlsFiles
+from mesh.ops.watch import FileWatch
+from mesh.rpc.channels import ChannelPool
+from mesh.rpc.server import RpcServer, caller
+from mesh.sources.etsi014_device import Etsi014Device, client_context
+from mesh.store.store import Store
+from mesh.v1.admin_pb2 import NodeStatus
+from mesh.v1.admin_pb2_grpc import add_AdminServicer_to_server
+from mesh.v1.keys_pb2_grpc import add_KeyDeliveryServicer_to_server
+from mesh.v1.peer_pb2_grpc import add_PeerServicer_to_server
+
+PROTOCOL_VERSION = 1
+_SAMPLE_EVERY_S = 2.0
+_T = TypeVar("_T")
+
+
+def load_access(config: NodeConfig) -> AccessTable:
+    """The access table that the configuration names; without one nobody may ask for anything.
+
+    Raises:
+        ConfigError: names the file and the field.
+    """
+    if config.access == "open":
+        return AccessTable.open()
+    if config.access_file is None:
+        return AccessTable()
+    path = Path(config.access_file)
+    try:
+        return AccessTable.parse(read_source(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"access_file: cannot be read: {error.strerror}", facts={"file": path}) from error
+    except ConfigError as error:
+        message = error.message.replace("network document", "access table", 1)
+        raise ConfigError(message, facts={**error.facts, "file": path}) from error
+
+
+def build_source(link: LinkSection) -> Etsi014Device | None:
+    """The adapter to the link's own device; None where the lanes are filled another way.
+
+    Raises:
+        ConfigError: a certificate of the device section is unusable.
+    """
+    device = link.device
+    if device is None:
+        return None
+    try:
+        tls = client_context(device.ca, device.cert, device.key)
+    except MeshError as error:
+        raise ConfigError(f"links[{link.peer}].device: {error.message}", facts=error.facts) from error
+    return Etsi014Device(
+        device.url,
+        peer_sae_id=device.sae_id,
+        tls=tls,
+        key_size_bits=device.key_size_bits,
+        timeout_s=device.timeout_s,
+    )
+
+
+def build_directory(config: NodeConfig, keeper: DocumentKeeper) -> Directory:
+    """The directory that the configuration names.
+
+    Raises:
+        ConfigError: a file of the section cannot be read.
+    """
+    section = config.directory
+    if section.etcd is None:
+        return StaticDirectory(Path(section.static or ""), keeper)
+    etcd = section.etcd
+
+    def read(path: str | None, field: str) -> bytes | None:
+        if path is None:
+            return None
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"directory.etcd.{field}: cannot be read: {error.strerror}", facts={"file": path}
+            ) from error
+
+    password = read(etcd.password_file, "password_file")
+    client = EtcdClient(
+        etcd.endpoints,
+        tls=EtcdTls(read(etcd.ca, "ca") or b"", read(etcd.cert, "cert"), read(etcd.key, "key")),
+        username=etcd.username,
+        password=None if password is None else password.decode().strip(),
+    )
+    return EtcdDirectory(client, config.domain_id, keeper, lease_s=etcd.lease_ttl_s)
+
+
+def key_plane_config(config: NodeConfig) -> KeyPlaneConfig:
+    """The key plane's settings, sizes in bytes."""
+    limits, reserves, quota = config.limits, config.reserves, config.quota
+    return KeyPlaneConfig(
+        limits=Limits(
+            default_key_size_bytes=limits.key_size_bits // 8,
+            min_key_size_bytes=limits.min_key_size_bits // 8,
+            max_key_size_bytes=limits.max_key_size_bits // 8,
+            max_keys_per_request=limits.max_key_per_request,
+            max_additional_slaves=limits.max_sae_id_count,
+            max_call_bytes=limits.max_bytes_per_request,
+        ),
+        access=load_access(config),
+        quota=Rate(quota.bytes_per_s, quota.burst_bytes or quota.bytes_per_s) if quota.bytes_per_s else None,
+        high_water_bytes=reserves.high_water_bytes,
+        low_water_bytes=reserves.low_water_bytes or reserves.high_water_bytes * 3 // 4,
+        transfer_max_bytes=reserves.transfer_max_bytes,
+        key_lifetime_s=reserves.key_lifetime_s,
+        request_timeout_s=limits.request_timeout_s,
+        prefill=reserves.prefill,
+    )
+
+
+def local_randomness(config: NodeConfig) -> Callable[[int], bytes]:
+    """Random bytes of this machine: the operating system's, xor a device's where one is configured."""
+    if config.random_device is None:
+        return os.urandom
+    path = Path(config.random_device)
+
+    def mixed(count: int) -> bytes:
+        try:
+            with path.open("rb", buffering=0) as device:
+                drawn = b""
+                while len(drawn) < count:
+                    piece = device.read(count - len(drawn))
+                    if not piece:
+                        raise UnavailableError("random_device ended early", facts={"file": path})
+                    drawn += piece
+        except OSError as error:
+            raise UnavailableError(
+                f"random_device cannot be read: {error.strerror}", facts={"file": path}
+            ) from error
+        return bytes(a ^ b for a, b in zip(drawn, os.urandom(count), strict=True))
+
+    return mixed
+
+
+class Node:
+    """A running KME. Build with ``Node.running(config)``."""
+
+    def __init__(self, config: NodeConfig, *, role: Role = Role.NODE) -> None:
+        self.config = config
+        self.identity = Identity(config.domain_id, role, config.kme_id)
+        self.metrics = Metrics()
+        self.alarms = Alarms(gauge=self.metrics.alarm_gauge)
+        self.started_at_s = time.time()
+        self.is_stopping = False
+        self.incarnation = secrets.token_bytes(16)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def running(cls, config: NodeConfig) -> AsyncIterator[Node]:
+        """Start a node, and stop it in the reverse order.
+
+        Raises:
+            ConfigError: something configured is unusable; says what.
+            MeshError: the store cannot be opened, or an address not bound.
+        """
+        node = cls(config)
+        async with contextlib.AsyncExitStack() as stack:
+            await node._start(stack)
+            yield node
+            node.is_stopping = True
+            await node.server.set_serving(False)
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        config = self.config
+        require_poly1305()
+        files = TlsFiles(
+            ca=Path(config.tls.ca),
+            cert=Path(config.tls.cert),
+            key=Path(config.tls.key),
+            deny_list=None if config.tls.deny_list is None else Path(config.tls.deny_list),
+        )
+        settings = key_plane_config(config)
+        self.store = Store.open(
+            Path(config.data_dir),
+            kme_id=config.kme_id,
+            proof_dir=None if config.proof_dir is None else Path(config.proof_dir),
+        )
+        stack.push_async_callback(self.store.aclose)
+        self.store.begin_incarnation(self.incarnation)
+        self.is_proven = self.store.is_proven_restart or self.store.is_new
+        self.tasks = Background()
+        stack.push_async_callback(self.tasks.close)
+
+        self.keeper = await build_keeper(config.domain_id, config.network, self.store, self.alarms)
+        self.directory = build_directory(config, self.keeper)
+        channels = ChannelPool(files, frozenset({self.identity.role}))
+        stack.push_async_callback(channels.close)
+        self._build_links(channels, stack)
+        self._build_plane(channels, settings)
+        await self._start_server(files, stack)
+
+        await self.directory.start()
+        stack.push_async_callback(self.directory.stop)
+        await self.plane.start()
+        stack.push_async_callback(self.plane.stop)
+        await self.links.start()
+        stack.push_async_callback(self.links.stop)
+        self.publisher = Publisher(
+            self.directory,
+            self.store,
+            self.links,
+            self.alarms,
+            kme_id=config.kme_id,
+            address=config.advertise or config.listen.grpc,
+            role=self.identity.role,
+            incarnation=self.incarnation,
+            reserves=self.plane.reserve_levels,
+        )
+        self.tasks.spawn(self.publisher.run())
+        self.tasks.spawn(self._sample(Path(config.tls.cert)))
+        if config.access_file is not None:
+            self.tasks.spawn(self._follow_access(Path(config.access_file)))
+        await self._start_ops(stack)
+
+    # -- parts ----------------------------------------------------------------------------
+
+    def _channel(self, channels: ChannelPool, kme_id: str, role: Role) -> grpc.aio.Channel:
+        address = self.config.addresses.get(kme_id)
+        address = address or self.directory.address(kme_id)
+        if address is None:
+            raise UnavailableError("no address is known for this KME", facts={"kme_id": kme_id})
+        return channels.channel(address, Identity(self.config.domain_id, role, kme_id))
+
+    def _role_of(self, kme_id: str) -> Role:
+        document = self.keeper.document
+        known = None if document is None else document.nodes.get(kme_id)
+        return Role.NODE if known is None else Role(known.role)
+
+    def _build_links(self, channels: ChannelPool, stack: contextlib.AsyncExitStack) -> None:
+        config = self.config
+        links = []
+        for section in config.links:
+            source = build_source(section)
+            if source is not None:
+                stack.push_async_callback(source.close)
+            links.append(
+                LinkConfig(
+                    section.peer,
+                    source,
+                    pool_max_bytes=section.pool_max_bytes,
+                    window_bytes=section.window_bytes,
+                    redial_min_s=config.redial_min_s,
+                    redial_max_s=config.redial_max_s,
+                )
+            )
+        recorder = None
+        if config.pad_audit_file is not None:
+            recorder = JsonlPadRecorder(Path(config.pad_audit_file), config.kme_id)
+            stack.callback(recorder.close)
+        self.links = LinkPlane(
+            config.kme_id,
+            config.domain_id,
+            self.store,
+            self.incarnation,
+            links,
+            dial=lambda peer: DialledTransport(self._channel(channels, peer, self._role_of(peer))),
+            alarms=self.alarms,
+            document=PeerDocuments(self.keeper, self.tasks.spawn),
+            recorder=recorder,
+        )
+
+    def _build_plane(self, channels: ChannelPool, settings: KeyPlaneConfig) -> None:
+        self.plane = KeyPlane(
+            Surroundings(
+                own_id=self.config.kme_id,
+                now_s=time.time,
+                monotonic_s=time.monotonic,
+                randomness=local_randomness(self.config),
+                alarms=self.alarms,
+            ),
+            settings,
+            store=self.store,
+            links=self.links,
+            directory=self.directory,
+            routes=DirectoryRoutes(self.config.kme_id, self.directory),
+            peers=GrpcPeers(lambda peer: self._channel(channels, peer, Role.NODE)),
+            incarnation=Incarnation(self.incarnation, self.is_proven),
+        )
+        self.links.handler = self.plane.shares
+
+    async def _start_server(self, files: TlsFiles, stack: contextlib.AsyncExitStack) -> None:
+        config = self.config
+        audit = None
+        if config.audit_log is not None:
+            audit = AuditLog(Path(config.audit_log))
+            stack.callback(audit.close)
+        self.server = RpcServer(self.identity, files, metrics=self.metrics)
+        self.server.add(
+            add_KeyDeliveryServicer_to_server,
+            KeyDeliveryService(
+                self.plane,
+                staleness_s=self.directory.staleness_s,
+                audit=None if audit is None else audit.record_all,
+            ),
+        )
+        self.server.add(add_PeerServicer_to_server, PeerService(self.plane))
+        self.server.add(
+            add_AdminServicer_to_server,
+            AdminService(plane=self.plane, links=self.links, alarms=self.alarms, node_status=self.status),
+        )
+        self.server.add(add_link_service, LinkService(self.links, lambda: caller().id))
+        await self.server.start(config.listen.grpc)
+        stack.push_async_callback(self.server.stop, 2.0)
+
+    async def _start_ops(self, stack: contextlib.AsyncExitStack) -> None:
+        host, port = split_host_port(self.config.listen.http)
+        ops = OpsServer(self.metrics, self.missing)
+        await ops.start(host, port)
+        stack.push_async_callback(ops.stop)
+
+    # -- background -----------------------------------------------------------------------
+
+    async def _sample(self, cert: Path) -> None:
+        telemetry = Telemetry(
+            self.metrics, links=self.links, plane=self.plane, directory=self.directory, cert=cert
+        )
+        while True:
+            telemetry.sample()
+            await asyncio.sleep(_SAMPLE_EVERY_S)
+
+    async def _follow_access(self, path: Path) -> None:
+        watch = FileWatch([path], interval_s=1.0)
+        while True:
+            await asyncio.sleep(1.0)
+            if not watch.changed():
+                continue
+            try:
+                self.plane.set_access(load_access(self.config))
+            except ConfigError as error:
+                self.alarms.raise_alarm(
+                    "config/access",
+                    "warning",
+                    f"the access table was not taken over: {error}",
+                    "mend the file; the last good table stays in force",
+                )
+            else:
+                self.alarms.clear("config/access")
+
+    # -- what others see ------------------------------------------------------------------
+
+    def missing(self) -> Sequence[str]:
+        """What keeps the node from serving; empty when it is ready."""
+        return missing_for_service(
+            self.links, self.directory, is_doubted=self.publisher.doubts(), is_stopping=self.is_stopping
+        )
+
+    def status(self) -> NodeStatus:
+        """The node's own facts for operators."""
+        document = self.keeper.document
+        return NodeStatus(
+            kme_id=self.config.kme_id,
+            domain_id=self.config.domain_id,
+            role=self.identity.role.value,
+            software_version=__version__,
+            protocol_version=PROTOCOL_VERSION,
+            incarnation=self.incarnation,
+            is_proven_restart=self.is_proven,
+            uptime_s=time.time() - self.started_at_s,
+            document_serial=0 if document is None else document.serial,
+            trusts_directory=self.config.network.trust_directory,
+            directory_staleness_s=min(self.directory.staleness_s(), 1e9),
+            certificate_expires_at_s=int(certificate_expiry_s(Path(self.config.tls.cert))),
+        )
+
+
+async def _serve(config: NodeConfig, stop: asyncio.Event) -> None:
+    async with Node.running(config):
+        await stop.wait()
+
+
+def run(config_path: str | Path) -> int:
+    """The process ``keymesh node run``: configuration in, exit status out."""
+    try:
+        config = load_node_config(Path(config_path))
+        setup_logging(
+            level=config.log.level,
+            file=None if config.log.file is None else Path(config.log.file),
+            facts={"kme": config.kme_id},
+        )
+    except ConfigError as error:
+        sys.stderr.write(f"keymesh: node: {error}\n")
+        return EXIT_CONFIG
+    return run_process(lambda stop: _serve(config, stop), name=f"node {config.kme_id}")
