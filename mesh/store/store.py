@@ -143,6 +143,11 @@ class Store:
             raise
         return store
 
+    @property
+    def proof_path(self) -> Path | None:
+        """Where the proof copy stands; None without a tmpfs: no restart is proven then."""
+        return self._proof.path
+
     def begin_incarnation(self, incarnation: bytes) -> None:
         """Write the id of this start (16 random bytes) durably, once, before any greeting (1.9)."""
         is_proven = self.is_proven_restart
