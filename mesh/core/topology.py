@@ -19,9 +19,9 @@ leaves over. Finding such sets is NP-hard in general, hence ``SEARCH_BUDGET``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import combinations, pairwise
 
 from mesh.core.network import GradeKind, NetworkDocument, Route, permitted_transit
@@ -31,8 +31,10 @@ HOP = 1000
 """Cost of one hop with plenty of material."""
 MAX_SCARCITY = 8 * HOP
 """What an almost empty link costs on top: as much as a detour of eight hops."""
-SEARCH_BUDGET = 400_000
+SEARCH_BUDGET = 30_000
 """Nodes times shortest-path searches that one call may spend once failure domains collide."""
+THOROUGH_NODES = 2_000
+"""In a larger network with colliding failure domains the first disjoint set found stands."""
 _INFINITE = 1 << 60
 
 
@@ -70,6 +72,10 @@ class Graph:
         self.ids = tuple(nodes)
         self.index = {kme_id: number for number, kme_id in enumerate(self.ids)}
         self.labels = tuple(frozenset(labels) for labels in nodes.values())
+        self.members: dict[object, list[int]] = {}
+        for number, own in enumerate(self.labels):
+            for label in own:
+                self.members.setdefault(label, []).append(number)
         self.adjacent: list[list[tuple[int, int]]] = [[] for _ in self.ids]
         for a, b, cost in links:
             if cost < 1:
@@ -103,7 +109,8 @@ def build_graph(
             links.append((link.a, link.b, round(link.cost * HOP)))
         elif state.is_up:
             links.append((link.a, link.b, round(link.cost * HOP) + state.scarcity()))
-    return Graph({kme_id: document.labels(kme_id) for kme_id in document.nodes}, links)
+    labels = {kme_id: document.labels(kme_id) - {("node", kme_id)} for kme_id in document.nodes}
+    return Graph(labels, links)
 
 
 def routes_for_pair(
@@ -176,10 +183,10 @@ def hub_routes(graph: Graph, source: str, target: str, hubs: Collection[str], n:
 def disjoint_routes(
     graph: Graph, source: str, target: str, n: int, *, permitted: Collection[str] | None = None
 ) -> tuple[Route, ...]:
-    """n routes of least total cost, no two of which share an inner node or one of its labels.
+    """n routes of little total cost, no two of which share an inner node or one of its labels.
 
-    Optimal, unless failure domains collide so often that ``SEARCH_BUDGET`` ends the search;
-    then the best set found so far, which is still disjoint.
+    Of least cost when the plain search's answer respects the failure domains already, and in small
+    networks; otherwise disjoint and cheap, as far as ``SEARCH_BUDGET`` and ``THOROUGH_NODES`` allow.
 
     Raises:
         ShortageError: GRADE_UNAVAILABLE when there is no such set, or none was found in budget.
@@ -208,28 +215,66 @@ class _Search:
 
     def __init__(self, graph: Graph, start: int, goal: int) -> None:
         self._graph, self._start, self._goal = graph, start, goal
-        self._left = max(16, min(400, SEARCH_BUDGET // len(graph.ids)))
+        self._left = max(12, min(400, SEARCH_BUDGET // len(graph.ids)))
+        # A first set is worth more than a better one.
+        self._overdraft = -3 * self._left
 
     def best_set(self, n: int, blocked: bytearray, *, direct: bool, bound: int) -> list[Path] | None:
         """The cheapest set of n paths with total cost below ``bound``; None if there is none."""
         graph, start, goal = self._graph, self._start, self._goal
         self._left -= n
         relaxed = _suurballe(graph, start, goal, n, blocked, direct=direct)
-        if relaxed is None or (least := sum(_cost(graph, path) for path in relaxed)) >= bound:
+        if relaxed is None or (least := _total(graph, relaxed)) >= bound:
             return None
-        if _share_nothing(graph, relaxed):
+        if _collision(graph, relaxed) is None:
             return relaxed
         best: list[Path] | None = None
-        for first in self._by_cost(blocked, direct=direct):
+        for number, first in enumerate(self._by_cost(blocked, direct=direct)):
             cost = _cost(graph, first)
-            if cost * n >= bound or bound <= least or self._left <= 0:
+            limit = self._overdraft if best is None else 0
+            if cost * n >= bound or bound <= least or self._left <= limit:
                 break
             rest_blocked = _without(graph, blocked, first)
             rest = self.best_set(n - 1, rest_blocked, direct=direct and len(first) > 2, bound=bound - cost)
             if rest is not None:
                 best = [first, *rest]
-                bound = sum(_cost(graph, path) for path in best)
+                bound = _total(graph, best)
+            if best is not None and len(graph.ids) > THOROUGH_NODES:
+                break
+            if number == 0:  # a set in hand, try the quick way to a better one before the thorough one
+                better = self._by_blocking(n, relaxed, blocked, direct=direct, bound=bound)
+                if better is not None:
+                    best, bound = better, _total(graph, better)
         return best
+
+    def _by_blocking(
+        self, n: int, relaxed: list[Path], blocked: bytearray, *, direct: bool, bound: int
+    ) -> list[Path] | None:
+        """Best first: where two paths share a label, one of them loses its nodes of that label.
+
+        Fast and nearly always optimal; misses only sets in which one path has both ends' nodes.
+        """
+        graph = self._graph
+        heap = [(_total(graph, relaxed), 0, relaxed, blocked)]
+        count = 0
+        keep = self._left // 2
+        while heap and self._left > keep:
+            cost, _, paths, shut = heappop(heap)
+            if cost >= bound:
+                return None
+            sides = _collision(graph, paths)
+            if sides is None:
+                return paths
+            for side in sides:
+                less = bytearray(shut)
+                for node in side:
+                    less[node] = 1
+                self._left -= n
+                found = _suurballe(graph, self._start, self._goal, n, less, direct=direct)
+                if found is not None:
+                    count += 1
+                    heappush(heap, (_total(graph, found), count, found, less))
+        return None
 
     def _by_cost(self, blocked: bytearray, *, direct: bool) -> Iterator[Path]:
         """Loopless paths in order of cost (Yen), as far as the budget goes."""
@@ -247,7 +292,7 @@ class _Search:
             done.append(path)
             closed = bytearray(blocked)
             for at in range(len(path) - 1):
-                if self._left <= 0:
+                if self._left <= self._overdraft:
                     return
                 self._left -= 1
                 root = path[: at + 1]
@@ -304,21 +349,27 @@ def _cheapest(
 def _potentials(graph: Graph, start: int, goal: int, blocked: bytearray, *, direct: bool) -> list[int] | None:
     """Distance of each node to the goal, capped at the start's; None if the start is cut off."""
     size = len(graph.ids)
-    distances = [_INFINITE] * size
+    # A blocked node is one that no distance is below.
+    distances = [-1 if shut else _INFINITE for shut in blocked]
     distances[goal] = 0
-    heap = [goal]
+    heap = []
     adjacent = graph.adjacent
+    for there, cost in adjacent[goal]:
+        if cost < distances[there] and (direct or there != start):
+            distances[there] = cost
+            heap.append(cost * size + there)
+    heapify(heap)
     while heap:
-        distance, node = divmod(heappop(heap), size)
+        key = heappop(heap)
+        node = key % size
+        distance = key // size
         if distance > distances[node]:
             continue
         if node == start:
             return [min(d, distance) for d in distances]
         for there, cost in adjacent[node]:
             new = distance + cost
-            if new < distances[there] and not blocked[there]:
-                if not direct and node == goal and there == start:
-                    continue
+            if new < distances[there]:
                 distances[there] = new
                 heappush(heap, new * size + there)
     return None
@@ -361,66 +412,67 @@ class _Flow:
         self._first: set[int] = set()
 
     def augment(self) -> bool:
-        """Sends one more unit; False if none fits."""
-        found = self._shortest()
-        if found is None:
-            return False
-        distances, parents, length = found
-        potential = self._potential
-        # Nodes not settled within the length rise by the length: reduced costs stay at or above 0.
-        for state, distance in distances.items():
-            if distance < length:
-                potential[state] += distance - length
-        self._apply(parents)
-        return True
-
-    def _shortest(self) -> tuple[dict[int, int], dict[int, int], int] | None:
-        potential = self._potential
+        """Sends one more unit along the cheapest residual way; False if none fits."""
+        potential, came, goes, blocked = self._potential, self._came, self._goes, self._blocked
+        adjacent = self._graph.adjacent
         size = 2 * len(self._graph.ids)
         source, sink = 2 * self._start + 1, 2 * self._goal
-        distances = {source: 0}
-        parents: dict[int, int] = {}
-        heap = [source]
+        distances = [_INFINITE] * size
+        parents = [-1] * size
+        heap: list[int] = []
+        distances[source] = 0
+        touched = [source]
+
+        def reach(state: int, before: int, distance: int) -> None:
+            """Relaxes one arc; an entrance without flow leads on to its exit, and is not queued."""
+            if distance >= distances[state]:
+                return
+            if distances[state] == _INFINITE:
+                touched.append(state)
+            distances[state] = distance
+            parents[state] = before
+            if state & 1 or state == sink or state >> 1 in came:
+                heappush(heap, distance * size + state)
+            else:
+                reach(state + 1, state, distance + potential[state] - potential[state + 1])
+
+        taken = self._first | self._shut
+        for there, cost in adjacent[self._start]:
+            if not blocked[there] and there not in taken:
+                reach(2 * there, source, potential[source] + cost - potential[2 * there])
         while heap:
-            distance, state = divmod(heappop(heap), size)
+            key = heappop(heap)
+            state = key % size
+            distance = key // size
             if distance > distances[state]:
                 continue
             if state == sink:
-                return distances, parents, distance
+                # What lies within the length comes nearer by the rest: reduced costs stay >= 0.
+                for near in touched:
+                    if distances[near] < distance:
+                        potential[near] += distances[near] - distance
+                self._apply(parents)
+                return True
+            node = state >> 1
             here = distance + potential[state]
-            for there_state, cost in self._steps(state):
-                new = here + cost - potential[there_state]
-                if new < distances.get(there_state, _INFINITE):
-                    distances[there_state] = new
-                    parents[there_state] = state
-                    heappush(heap, new * size + there_state)
-        return None
-
-    def _steps(self, state: int) -> list[tuple[int, int]]:
-        """Residual arcs out of a state: (state there, cost)."""
-        node = state >> 1
-        before = self._came.get(node)
-        if state & 1:
-            blocked = self._blocked
-            taken = self._shut | self._first if node == self._start else (self._goes.get(node, -1),)
-            steps = [
-                (2 * there, cost)
-                for there, cost in self._graph.adjacent[node]
-                if not blocked[there] and there not in taken
-            ]
-            if before is not None:
-                steps.append((2 * node, 0))  # undo the passage through the node
-            return steps
-        if before is None:
-            return [(state + 1, 0)]
-        if before == self._start:
-            return []
-        return [(2 * before + 1, -self._link_cost(before, node))]
+            if state & 1:
+                used = goes.get(node, -1)
+                for there, cost in adjacent[node]:
+                    entrance = there + there
+                    new = here + cost - potential[entrance]
+                    if new < distances[entrance] and there != used and not blocked[there]:
+                        reach(entrance, state, new)
+                if node in came:  # undo the passage through the node
+                    reach(state - 1, state, here - potential[state - 1])
+            elif (before := came[node]) != self._start:  # undo the link that the flow comes by
+                back = 2 * before + 1
+                reach(back, state, here - self._link_cost(before, node) - potential[back])
+        return False
 
     def _link_cost(self, a: int, b: int) -> int:
         return min(cost for there, cost in self._graph.adjacent[a] if there == b)
 
-    def _apply(self, parents: Mapping[int, int]) -> None:
+    def _apply(self, parents: Sequence[int]) -> None:
         start, goal = self._start, self._goal
         source, state = 2 * start + 1, 2 * goal
         added: list[tuple[int, int]] = []
@@ -453,6 +505,24 @@ class _Flow:
         return result
 
 
+def _total(graph: Graph, paths: Iterable[Path]) -> int:
+    return sum(_cost(graph, path) for path in paths)
+
+
+def _collision(graph: Graph, paths: Sequence[Path]) -> tuple[list[int], list[int]] | None:
+    """The inner nodes of two paths that carry one label; None if no two paths share a label."""
+    owners: dict[object, int] = {}
+    for number, path in enumerate(paths):
+        for node in path[1:-1]:
+            for label in graph.labels[node]:
+                if (owner := owners.setdefault(label, number)) != number:
+                    first, second = (
+                        [n for n in paths[i][1:-1] if label in graph.labels[n]] for i in (owner, number)
+                    )
+                    return first, second
+    return None
+
+
 def _cost(graph: Graph, path: Path) -> int:
     return sum(min(c for there, c in graph.adjacent[a] if there == b) for a, b in pairwise(path))
 
@@ -472,14 +542,12 @@ def _share_nothing(graph: Graph, paths: Iterable[Collection[int]]) -> bool:
 
 def _without(graph: Graph, blocked: bytearray, path: Path) -> bytearray:
     """Blocks the path's inner nodes and every node that shares a label with one."""
-    inner = path[1:-1]
-    labels = frozenset[object]().union(*(graph.labels[node] for node in inner))
     rest = bytearray(blocked)
-    for node, own in enumerate(graph.labels):
-        if own & labels:
-            rest[node] = 1
-    for node in inner:
+    for node in path[1:-1]:
         rest[node] = 1
+        for label in graph.labels[node]:
+            for other in graph.members[label]:
+                rest[other] = 1
     rest[path[0]] = rest[path[-1]] = 0
     return rest
 
