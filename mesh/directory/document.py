@@ -246,13 +246,14 @@ class DocumentKeeper:
     def restore(self, data: bytes, *, serial: int) -> None:
         """Takes up what ``save`` stored before the restart; call it first.
 
-        The serial stays a floor even when the stored document no longer loads (new key).
+        The serial stays a floor even when the stored document no longer loads (new key). Without
+        an operator's key only a pinned document can have been stored, which needs no signature.
 
         Raises:
             MeshError: the stored document is not valid under the present configuration.
         """
         self._floor = max(self._floor, serial)
-        self._adopt(self._checked(data), data)
+        self._adopt(self._parsed(_body(data)) if self._operator_key is None else self._checked(data), data)
 
     async def pin(self, data: bytes) -> Verdict:
         """Takes a document from the node's own configuration; no signature is asked for.
@@ -260,8 +261,7 @@ class DocumentKeeper:
         Raises:
             MeshError: it is malformed or for another domain: a configuration error.
         """
-        body = split(data).body if is_signed(data) else data
-        return await self._take(self._parsed(body), data, "configuration")
+        return await self._take(self._parsed(_body(data)), data, "configuration")
 
     async def offer(self, data: bytes, origin: str = "directory") -> Verdict:
         """Considers a document from the directory or a peer; never raises for a bad one.
@@ -307,7 +307,7 @@ class DocumentKeeper:
         if len(data) > MAX_DOCUMENT_BYTES:
             raise _invalid(f"is longer than {MAX_DOCUMENT_BYTES} bytes")
         if self.trusts_directory:
-            return self._parsed(split(data).body if is_signed(data) else data)
+            return self._parsed(_body(data))
         if self._operator_key is None:
             raise _invalid("cannot be checked: network.operator_public_key is not configured")
         return self._parsed(verify(data, self._operator_key))
@@ -323,6 +323,11 @@ class DocumentKeeper:
         if self._refused is not None:
             self._refused(origin, error)
         return Verdict.REFUSED
+
+
+def _body(data: bytes) -> bytes:
+    """The document's bytes, signed or not, unchecked."""
+    return split(data).body if is_signed(data) else data
 
 
 _REASON = ErrorReason.DOCUMENT_INVALID

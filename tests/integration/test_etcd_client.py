@@ -18,8 +18,9 @@ from mesh.directory.etcd import (
     LeaseGoneError,
     prefix_end,
 )
+from mesh.directory.etcd_setup import node_user, set_up_auth
 from mesh.errors import ConfigError, ErrorReason, UnavailableError
-from tests.etcd_fixture import OPERATOR, EtcdCluster, running_etcd
+from tests.etcd_fixture import DOMAIN, OPERATOR, PASSWORD, EtcdCluster, running_etcd
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +67,14 @@ async def test_users_passwords_and_permissions(tmp_path: Path) -> None:
         async with EtcdClient(etcd.endpoints, tls=etcd.tls, username="kme-a", password="wrong") as wrong:
             with pytest.raises(ConfigError, match="password"):
                 await wrong.get(KEY)
+
+
+async def test_setting_up_may_be_repeated_and_adds_who_is_new(tmp_path: Path) -> None:
+    async with running_etcd(tmp_path) as etcd:
+        users = [node_user(DOMAIN, kme_id, PASSWORD) for kme_id in ("kme-a", "kme-new")]
+        await set_up_auth(etcd.client("root"), root_password="another", users=users)
+        await etcd.client("kme-new").put(b"/keymesh/toronto/nodes/kme-new", b"mine")
+        await etcd.client("root").get(KEY)  # its password stayed
 
 
 async def test_a_client_without_certificate_or_with_another_ca_gets_nothing(tmp_path: Path) -> None:

@@ -235,6 +235,13 @@ async def test_the_serial_does_not_fall_when_the_stored_document_no_longer_verif
     assert await held.offer(signed(7)) is Verdict.ADOPTED
 
 
+async def test_a_pinned_document_is_taken_up_after_a_restart() -> None:
+    held = DocumentKeeper("toronto")
+    held.restore(encode_body(source(2)), serial=2)
+    assert held.serial() == 2
+    assert await held.pin(encode_body(source(1))) is Verdict.OLDER
+
+
 async def test_offers_at_the_same_time_leave_the_highest_serial() -> None:
     async def save(serial: int, data: bytes) -> None:
         await asyncio.sleep(0)
