@@ -93,6 +93,8 @@ class Ingest:
         self._added_at_s: float | None = None
         self._cap = RateCap(settings.first_contact_per_s, settings.first_contact_burst)
         self._wake = asyncio.Event()
+        #: Held while blocks and lanes change: a reset waits for what is under way.
+        self.lock = asyncio.Lock()
 
     def load(self) -> None:
         """Count what the store has."""
@@ -146,11 +148,8 @@ class Ingest:
         """Both hellos verified."""
         self.wake()
 
-    async def before_reset(self) -> None:
-        """The lanes are about to be thrown away."""
-
-    def after_reset(self) -> None:
-        """The lanes are new."""
+    def forget(self) -> None:
+        """The lanes were thrown away, and all blocks with them; called with the lock held."""
         self.quarantined_blocks = 0
         self.wake()
 
@@ -284,7 +283,6 @@ class BlockLeader(Ingest):
         self._gathered: list[DeviceKey] = []
         self._answers: deque[tuple[BlockAnswer, bool]] = deque(maxlen=64)
         self._discarded: deque[bytes] = deque(maxlen=KEPT_BLOCKS)
-        self._lane_change = asyncio.Lock()
 
     def load(self) -> None:
         """Find the offers without an answer, to resend them byte for byte."""
@@ -327,18 +325,19 @@ class BlockLeader(Ingest):
         self._answers.append((answer, in_frame))
         self.wake()
 
-    async def before_reset(self) -> None:
-        """Offers of the old epochs are void."""
+    def forget(self) -> None:
+        """The lanes were thrown away: offers of their epochs are void."""
         self._open.clear()
         self._sent_at_s.clear()
         self._discarded.clear()
+        super().forget()
 
     async def run(self) -> None:
         """Take answers, resend, take keys, offer; errors of the device or the disk only delay."""
         pause_s = self.settings.poll_min_s
         while True:
             try:
-                async with self._lane_change:
+                async with self.lock:
                     await self._take_answers()
                     await self._meet_epochs()
                     self._resend()
@@ -568,10 +567,12 @@ class BlockFollower(Ingest):
         while True:
             self._wake.clear()
             try:
-                while self._to_discard:
-                    await self._discard(self._to_discard.popleft())
-                while self._offers:
-                    await self._take(*self._offers.popleft())
+                while self._to_discard or self._offers:
+                    async with self.lock:
+                        if self._to_discard:
+                            await self._discard(self._to_discard.popleft())
+                        elif self._offers:
+                            await self._take(*self._offers.popleft())
             except MeshError as error:
                 _LOG.warning("an offer was not taken", extra={"peer": self.link.peer, "cause": str(error)})
                 if error.reason is ErrorReason.PEER_REFUSED:

@@ -666,15 +666,15 @@ class Link:
 
     async def reset(self) -> tuple[int, int]:
         """New epochs for both lanes, at the operator's word."""
-        self.close_streams(UnavailableError("the link is reset"))
-        epochs = self.lanes.tx.lane.epoch + 1, self.lanes.rx.lane.epoch + 1
-        await self.ingest.before_reset()
-        await self.lanes.reset(transmit=epochs[0], receive=epochs[1], forget_peer=True)
+        async with self.ingest.lock:
+            self.close_streams(UnavailableError("the link is reset"))
+            epochs = self.lanes.tx.lane.epoch + 1, self.lanes.rx.lane.epoch + 1
+            await self.lanes.reset(transmit=epochs[0], receive=epochs[1], forget_peer=True)
+            self.ingest.forget()
         self.lanes.is_settled = True
         self.peer_incarnation = None
         self.was_open = False
         self.refusal = None
-        self.ingest.after_reset()
         self.notify()
         return epochs
 
@@ -683,8 +683,8 @@ class Link:
     def count_failure(self, error: MeshError) -> None:
         """A frame that did not verify, or could not: nothing moved (1.7).
 
-        Raises:
-            PeerError: too many in an hour; the stream ends and the link backs off.
+        Too many in an hour: every stream ends, the link backs off, an alarm is raised. No
+        offset is refused for it.
         """
         if not self._failures.failed(self._around.now_s()):
             return
@@ -695,7 +695,7 @@ class Link:
             "too many frames from this peer did not authenticate within an hour; the link backs off",
             "look for someone injecting traffic, or for differing pools at the two ends",
         )
-        raise PeerError("too many frames did not authenticate", facts={"last": error.message})
+        self.close_streams(PeerError("too many frames did not authenticate", facts={"last": error.message}))
 
     def alarm_window(self, what: str) -> None:
         """Too far past the last report for ``what``: stopped until one comes (1.3)."""
