@@ -239,7 +239,8 @@ class Link:
 
     async def _raise(self, mark: int) -> None:
         """Move the outbound mark, one commit for all who ask meanwhile."""
-        if self._raising is not None:
+        # A done one whose callback has not run yet would be awaited without ever yielding.
+        if self._raising is not None and not self._raising.done():
             await asyncio.shield(self._raising)
             return
         work = asyncio.ensure_future(self.lanes.raise_mark(self.lanes.tx, mark))
@@ -248,7 +249,8 @@ class Link:
         await asyncio.shield(work)
 
     def _raised(self, work: asyncio.Future[None]) -> None:
-        self._raising = None
+        if self._raising is work:
+            self._raising = None
         if not work.cancelled() and work.exception() is not None:
             _LOG.warning(
                 "a mark could not be moved", extra={"peer": self.peer, "cause": str(work.exception())}
@@ -605,7 +607,7 @@ class Link:
         """A hello verified: this stream is the link now, an older one closes."""
         self.peer_incarnation = hello.incarnation
         self.lanes.is_settled = True
-        self.lanes.may_wipe = True
+        self.lanes.has_met = True
         self.lanes.narrow(hello.window_bytes)
         older, self.stream = self.stream, None
         if older is not None and older is not stream:
