@@ -300,7 +300,8 @@ class Appender:
         if book is not None and transfer.target == self._around.own_id:
             reserve_id = book.reserve_id
             row = self._store.read(lambda tables: tables.appends.find(reserve_id, transfer.first_slot))
-        if row is not None and row.first_slot == transfer.first_slot and row.confirm:
+        is_same = row is not None and row.first_slot == transfer.first_slot and row.confirm_tag == query.tag
+        if row is not None and is_same and row.confirm:
             stored = ConfirmRequest(message=row.confirm[:-_TAG_BYTES], tag=row.confirm[-_TAG_BYTES:])
             return TransferAnswer(state=TransferAnswer.APPENDED, confirm=stored)
         refusal = self._refused.get(transfer)

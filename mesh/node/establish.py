@@ -278,7 +278,8 @@ class Establisher:
                     retry_after_s=1.0,
                 )
             try:
-                await asyncio.wait_for(asyncio.shield(transfer.done), min(pause, left))
+                async with asyncio.timeout(min(pause, left)):
+                    await asyncio.shield(transfer.done)
             except TimeoutError:
                 await self._query(
                     transfer, timeout_s=min(2.0, max(0.1, deadline - self._around.monotonic_s()))
@@ -293,7 +294,7 @@ class Establisher:
             source_kme_id=t.source, target_kme_id=t.target, epoch=t.epoch, first_slot=t.first_slot
         )
         try:
-            answer = await self._peers.query(t.target, TransferQuery(transfer=wanted), timeout_s=timeout_s)
+            answer = await self._peers.query(t.target, TransferQuery(transfer=wanted, tag=transfer.tag), timeout_s=timeout_s)
         except MeshError as exc:
             _LOG.info("transfer query failed", extra={"peer": t.target, "cause": str(exc)})
             return

@@ -97,8 +97,8 @@ class Jobs:
         deadline = self._around.monotonic_s() + timeout_s
         job = await self.submit(peer, message, timeout_s=timeout_s)
         try:
-            left_s = max(0.0, deadline - self._around.monotonic_s())
-            return await asyncio.wait_for(asyncio.shield(job.answered), left_s)
+            async with asyncio.timeout(max(0.0, deadline - self._around.monotonic_s())):
+                return await asyncio.shield(job.answered)
         except TimeoutError as exc:
             raise UnavailableError(
                 "a sealed message was not answered in time",

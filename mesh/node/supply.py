@@ -24,7 +24,7 @@ _FRAME_OVERHEAD_BYTES = 32 + PREFIX_BYTES + 64
 _LEAST_BULK_SLOTS = 64
 _FIRST_BULK_SLOTS = 1024
 _BULK_IN_FLIGHT = 4
-_BULK_TIMEOUT_S = 10.0
+_BULK_TIMEOUT_S = 4.0
 _REFILL_EVERY_S = 1.0
 _MAX_PAUSE_S = 8.0
 _WAIT_FOR_REFILL_S = 0.15
@@ -82,6 +82,7 @@ class Supply:
         self._batches: dict[str, _Batch] = {}
         self._refills: dict[str, _Refill] = {}
         self._kick = asyncio.Event()
+        self._planned: dict[str, int] = {}
         self.prefilled: frozenset[str] = frozenset()
 
     # drawing
@@ -137,7 +138,8 @@ class Supply:
         if refill.in_flight_slots >= slots:
             refill.changed.clear()
             try:
-                await asyncio.wait_for(refill.changed.wait(), min(_WAIT_FOR_REFILL_S, left_s))
+                async with asyncio.timeout(min(_WAIT_FOR_REFILL_S, left_s)):
+                    await refill.changed.wait()
             except TimeoutError:
                 _LOG.info("refill is slow, establishing on demand", extra={"peer": peer})
             else:
@@ -145,10 +147,12 @@ class Supply:
         batch = self._batches.get(peer)
         if batch is None:
             batch = self._batches[peer] = _Batch(0, request_id, asyncio.get_running_loop().create_future())
-            self._tasks.spawn(self._run_batch(peer, batch, left_s))
+            # Ends before its waiters do, so that they learn the reason and not just a timeout.
+            self._tasks.spawn(self._run_batch(peer, batch, 0.9 * left_s))
         batch.slots += slots
         try:
-            await asyncio.wait_for(asyncio.shield(batch.done), left_s)
+            async with asyncio.timeout(left_s):
+                await asyncio.shield(batch.done)
         except TimeoutError as exc:
             raise UnavailableError(
                 "keys could not be established in time",
@@ -213,11 +217,13 @@ class Supply:
         """Refills reserves until cancelled."""
         while True:
             now_s = self._around.monotonic_s()
+            self._planned.clear()
             recent = {peer for peer, one in self._refills.items() if now_s - one.asked_at_s < _RECENT_S}
             for peer in sorted(self.prefilled | recent):
                 self._start_refills(peer, self._refill(peer), now_s)
             try:
-                await asyncio.wait_for(self._kick.wait(), _REFILL_EVERY_S)
+                async with asyncio.timeout(_REFILL_EVERY_S):
+                    await self._kick.wait()
             except TimeoutError:
                 continue
             self._kick.clear()
@@ -237,6 +243,7 @@ class Supply:
             if slots < min(wanted, _LEAST_BULK_SLOTS):
                 return
             wanted -= slots
+            self._plan(peer, slots)
             refill.in_flight_slots += slots
             refill.transfers += 1
             self._tasks.spawn(self._fill(peer, refill, slots))
@@ -248,10 +255,16 @@ class Supply:
             link = self._links.link(route[1])
             if link is None or not link.is_open:
                 return 0
-            usable = link.status().transmit.usable
+            usable = link.status().transmit.usable - self._planned.get(link.peer, 0)
             left = usable - self._config.lane_floor_bytes - _FRAME_OVERHEAD_BYTES
             spare = left if spare is None else min(spare, left)
         return max(0, spare or 0) // SLOT_BYTES
+
+    def _plan(self, peer: str, slots: int) -> None:
+        """Counts what this round is about to claim, so that several refills respect one floor."""
+        for route in self._routes.routes(peer):
+            planned = self._planned.get(route[1], 0)
+            self._planned[route[1]] = planned + slots * SLOT_BYTES + _FRAME_OVERHEAD_BYTES
 
     async def _fill(self, peer: str, refill: _Refill, slots: int) -> None:
         """One bulk transfer; its size doubles when one fits, and halves when one does not arrive."""

@@ -39,9 +39,10 @@ class Background:
     async def close(self) -> None:
         """Cancels what is under way and waits for it."""
         self._is_closed = True
-        for task in set(self._tasks):
-            task.cancel()
-        await self.drain()
+        while self._tasks:
+            for task in set(self._tasks):
+                task.cancel()
+            await asyncio.wait(set(self._tasks), timeout=1.0)
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

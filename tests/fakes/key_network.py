@@ -29,7 +29,32 @@ from mesh.v1.peer_pb2 import (
 )
 from tests.fakes.link_wire import FakeLinks, Wire
 
-NO_PREFILL = KeyPlaneConfig(access=AccessTable.open(), prefill=False)
+NO_PREFILL = KeyPlaneConfig(
+    access=AccessTable.open(), prefill=False, high_water_bytes=0, low_water_bytes=0, request_timeout_s=3.0
+)
+
+
+LINE: dict[str, Any] = {
+    "format": "keymesh-network/1",
+    "serial": 1,
+    "domain": "metro",
+    "nodes": {"kme-a": {}, "kme-b": {}, "kme-c": {}},
+    "links": [{"between": ["kme-a", "kme-b"]}, {"between": ["kme-b", "kme-c"]}],
+    "saes": {
+        "sae-a": {"home": "kme-a"},
+        "sae-a2": {"home": "kme-a"},
+        "sae-b": {"home": "kme-b"},
+        "sae-c": {"home": "kme-c"},
+        "sae-c2": {"home": "kme-c"},
+    },
+}
+
+
+async def until(reached: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
+    """Waits for the background to get somewhere."""
+    async with asyncio.timeout(timeout_s):
+        while not reached():  # noqa: ASYNC110 - what is awaited has no event
+            await asyncio.sleep(0.005)
 
 
 @dataclass
