@@ -77,7 +77,6 @@ class Limits(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     max_header_bytes: PositiveInt = 16 * 1024
     request_timeout_s: Seconds = 8.0
     body_timeout_s: Seconds = 10.0
-    first_request_timeout_s: Seconds = 15.0
     handshake_timeout_s: Seconds = 10.0
     keepalive_s: Seconds = 75.0
     write_timeout_s: Seconds = 30.0

@@ -172,6 +172,20 @@ def test_cl_5_1_pipelined_requests_are_answered_in_order(stack: Stack) -> None:
         assert [wire.receive().status for _ in range(3)] == [200, 404, 200]
 
 
+def test_cl_5_1_upgrade_offers_are_ignored(stack: Stack) -> None:
+    offers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+    with stack.master.connect() as wire:
+        for headers in (offers, {"Connection": "Upgrade", "Upgrade": "websocket"}, {}):
+            assert wire.request("GET", path_of(stack.slave.sae_id, "status"), headers=headers).status == 200
+
+
+def test_cl_5_1_the_body_of_a_get_is_ignored_and_the_connection_goes_on(stack: Stack) -> None:
+    with stack.master.connect() as wire:
+        received = wire.request("GET", path_of(stack.slave.sae_id, "enc_keys"), b'{"number":5}')
+        assert len(received.json()["keys"]) == 1
+        assert wire.request("GET", path_of(stack.slave.sae_id, "status")).status == 200
+
+
 # --- 5.2 get status, 6.1 status ------------------------------------------------------------------------
 
 

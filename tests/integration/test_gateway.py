@@ -369,6 +369,21 @@ def test_drain_answers_what_was_asked_and_refuses_the_rest(host: GatewayThread, 
         assert time.monotonic() - started < 5  # far below drain_s: nothing is waited for in vain
 
 
+def test_a_client_that_does_not_read_is_cut_off(host: GatewayThread, network: FakeNetwork) -> None:
+    gateway = host.start("gw", network.site("kme-a"), limits={"write_timeout_s": 0.3})
+    big = f"GET {ENC}?number=100&size=65536 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    with connect(host, gateway) as deaf:
+        deaf.send(big * 24)  # 26 MB of answers, far above what sockets hold
+        assert _eventually(lambda: _is_cut(gateway))
+    assert len(network.keys) < 2400  # what comes behind an unread answer is not drawn
+    assert ask(host, gateway, "GET", ENC).status == 200
+
+
+def _is_cut(gateway: Gateway) -> bool:
+    page = urlopen(f"http://127.0.0.1:{gateway.http_port}/metrics").read().decode()
+    return "keymesh_gateway_connections 0.0" in page
+
+
 def test_a_client_that_leaves_does_not_stop_the_request(host: GatewayThread, network: FakeNetwork) -> None:
     slow = Slow(network, "kme-a")
     gateway = host.start("gw", slow)
