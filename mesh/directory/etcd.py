@@ -323,11 +323,10 @@ class EtcdClient:
     def _cancelled(self, answer: pb.WatchResponse) -> MeshError:
         if answer.compact_revision:
             return CompactedError(answer.compact_revision)
-        if "permission denied" in answer.cancel_reason:
-            return ConfigError(
-                "etcd: the user may not read the directory's keys", facts={"user": self._username}
-            )
+        # etcd says "permission denied" here for a token that ended, too: the next try gets a new one.
         self._token = ""
+        if "permission denied" in answer.cancel_reason:
+            return ConfigError("etcd: the user may not read this prefix", facts={"user": self._username})
         return _away("etcd cancelled the watch", why=answer.cancel_reason[:120])
 
     async def _somewhere(self, attempt: Callable[[Endpoint], Awaitable[A]]) -> A:

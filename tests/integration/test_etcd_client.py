@@ -103,6 +103,19 @@ async def test_a_token_that_ended_is_renewed_without_anybody_noticing(tmp_path: 
         assert held.value == b"2"
 
 
+async def test_a_watch_refused_for_an_old_token_works_at_the_next_try(tmp_path: Path) -> None:
+    async with running_etcd(tmp_path, options=("--auth-token-ttl=1",)) as etcd:
+        client = etcd.client(OPERATOR)
+        revision = await client.put(KEY, b"1")
+        await asyncio.sleep(3.0)
+        # etcd cancels such a watch with "permission denied", whatever the user may do.
+        with pytest.raises(ConfigError):
+            async with contextlib.aclosing(client.watch(KEY, revision)) as stream:
+                await next_change(stream)
+        async with contextlib.aclosing(client.watch(KEY, revision)) as stream:
+            assert (await next_change(stream)).changes == (Change(KEY, b"1"),)
+
+
 async def test_leases_expire_are_renewed_and_are_missed_when_gone(tmp_path: Path) -> None:
     async with running_etcd(tmp_path) as etcd:
         client = etcd.client(OPERATOR)
