@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mesh.core.names import check_sae_id
 from mesh.core.network import NetworkDocument
-from mesh.core.policy import AccessRule, Quotas
+from mesh.core.policy import AccessRule, AccessTable, Quotas
 from mesh.core.reserve import slots_per_key
 from mesh.core.transfer import KEY_PART_BYTES
 from mesh.errors import CallerError, ErrorReason, MeshError, NotAuthorizedError, ShortageError
@@ -253,6 +253,11 @@ class KeyPlane:
         return True
 
     # admission
+
+    def set_access(self, access: AccessTable) -> None:
+        """Takes over a changed access table; requests under way were admitted by the old one."""
+        self._config = replace(self._config, access=access)
+        self._pairs.clear()
 
     def _document(self) -> NetworkDocument:
         document = self._directory.document

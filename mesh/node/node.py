@@ -233,7 +233,7 @@ class Node:
         )
         stack.push_async_callback(self.store.aclose)
         self.store.begin_incarnation(self.incarnation)
-        self.is_proven = self.store.is_proven_restart or self.store.is_new
+        self.is_proven = self.store.is_proven_restart
         self.tasks = Background()
         stack.push_async_callback(self.tasks.close)
 
