@@ -152,7 +152,8 @@ def _read_lab(directory: Path) -> Stack:
     ]
     site_a, master = members[0]
     neighbour = next(sae for node, sae in members[1:] if node == site_a)
-    site_b = next(node for node, _ in members if node != site_a)
+    far = [node for node, _ in members if node != site_a]
+    site_b = next(node for node in reversed(far) if far.count(node) > 1)
     slave, third = [sae for node, sae in members if node == site_b][:2]
     node = next(node for node in lab["nodes"] if node["id"] == site_a)
     stack = Stack(

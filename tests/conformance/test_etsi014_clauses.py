@@ -441,10 +441,20 @@ def test_annex_b_every_named_slave_gets_the_same_key_once(stack: Stack) -> None:
 
 
 def test_annex_b_a_slave_that_was_not_named_is_401(stack: Stack) -> None:
-    received = stack.master.enc(stack.slave, additional_slave_SAE_IDs=[stack.third.sae_id])
+    received = stack.master.enc(stack.slave, additional_slave_SAE_IDs=[stack.neighbour.sae_id])
     key_id = received.json()["keys"][0]["key_ID"]
-    assert_unauthorized(stack.neighbour.dec(stack.master, key_id))
-    assert stack.third.dec(stack.master, key_id).status == 200
+    assert_unauthorized(stack.third.dec(stack.master, key_id))
+    assert stack.slave.dec(stack.master, key_id).status == 200
+    assert stack.neighbour.dec(stack.master, key_id).status == 200
+
+
+def test_annex_b_a_kme_that_no_slave_calls_does_not_know_the_key(stack: Stack) -> None:
+    received = stack.master.enc(stack.slave, additional_slave_SAE_IDs=[stack.third.sae_id])
+    (key,) = received.json()["keys"]
+    stranger = stack.neighbour.dec(stack.master, key["key_ID"])
+    assert stranger.status in (400, 401)  # 401 where the key is known, which is not everywhere
+    assert key["key"].encode() not in stranger.body
+    assert stack.third.dec(stack.master, key["key_ID"]).json()["keys"] == [key]
 
 
 def test_cl_6_2_empty_additional_slaves_are_tolerated_by_default(stack: Stack) -> None:

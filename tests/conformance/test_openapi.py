@@ -99,7 +99,8 @@ def test_good_and_bad_exchanges_fit_the_description(stack: Stack) -> None:
     assert exchange(stack.master, "POST", enc, {"extension_mandatory": [{"abc_x": 1}]}).status == 400
     assert exchange(stack.slave, "GET", f"{dec}?key_ID={keys[0]['key_ID']}").status == 200
     assert exchange(stack.slave, "GET", f"{dec}?key_ID={keys[0]['key_ID']}").status == 400
-    assert exchange(stack.neighbour, "GET", f"{dec}?key_ID={keys[1]['key_ID']}").status == 401
+    (unicast,) = stack.draw()
+    assert exchange(stack.third, "GET", f"{dec}?key_ID={unicast['key_ID']}").status == 401
     assert exchange(stack.slave, "POST", dec, {"key_IDs": [{"key_ID": keys[1]["key_ID"]}]}).status == 200
     assert exchange(stack.slave, "POST", dec, {"key_IDs": []}).status == 400
     assert exchange(stack.slave, "POST", dec, {"key_IDs": [{"x": "y" * 300_000}]}).status == 413
