@@ -267,6 +267,8 @@ class EtcdClient:
         endpoint = self._endpoints[self._current]
         call: grpc.aio.StreamStreamCall[pb.WatchRequest, pb.WatchResponse] | None = None
         try:
+            # etcd refuses a watch with a token that ended as "permission denied": take a new one.
+            self._token = ""
             # "hasleader": end the stream rather than wait at a member that lost the quorum.
             metadata = (*await self._metadata(endpoint), ("hasleader", "true"))
             call = endpoint.watch.Watch(metadata=metadata)
@@ -323,8 +325,6 @@ class EtcdClient:
     def _cancelled(self, answer: pb.WatchResponse) -> MeshError:
         if answer.compact_revision:
             return CompactedError(answer.compact_revision)
-        # etcd says "permission denied" here for a token that ended, too: the next try gets a new one.
-        self._token = ""
         if "permission denied" in answer.cancel_reason:
             return ConfigError("etcd: the user may not read this prefix", facts={"user": self._username})
         return _away("etcd cancelled the watch", why=answer.cancel_reason[:120])
