@@ -301,8 +301,8 @@ def _add_lab(commands: Commands[argparse.ArgumentParser]) -> None:
     up.add_argument("--network", required=True, metavar="NAME|FILE", help="shipped network or YAML file")
     up.add_argument("--detach", action="store_true", help="return once it delivers; it keeps running")
     down = _command(group, "down", "stop everything of a lab, also after crashes", _lab_down)
-    restart = _command(group, "restart", "start one process of a lab again", _lab_restart)
-    restart.add_argument("id", metavar="ID", help="id of a node, gateway, device, relay or etcd member")
+    restart = _command(group, "restart", "start processes of a lab again", _lab_restart)
+    restart.add_argument("ids", nargs="+", metavar="ID", help="of nodes, gateways, devices, relays, etcd")
     run = _command(group, "run", "send checked traffic through a running lab", _lab_run)
     run.add_argument("--traffic", type=float, default=10.0, metavar="SECONDS", help="how long (default 10)")
     run.add_argument("--number", type=int, default=4, metavar="N", help="keys per call (default 4)")
@@ -336,10 +336,10 @@ def _lab_down(arguments: argparse.Namespace) -> int:
 
 
 def _lab_restart(arguments: argparse.Namespace) -> int:
-    from mesh.lab.control import Progress, restart_process
+    from mesh.lab.control import Progress, restart_processes
     from mesh.lab.state import LabDirectory
 
-    restart_process(LabDirectory(arguments.dir), arguments.id, Progress())
+    restart_processes(LabDirectory(arguments.dir), arguments.ids, Progress())
     return 0
 
 

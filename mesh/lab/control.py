@@ -11,7 +11,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ from mesh.lab.domain import prepare_domain, prepare_etcd
 from mesh.lab.networks import Network
 from mesh.lab.plan import LabPlan, Planner, clear_directory
 from mesh.lab.processes import stop_all
-from mesh.lab.ready import DeliveryCheck, get_plain, missing_health, wait_until
+from mesh.lab.ready import DeliveryCheck, missing_health, wait_until
 from mesh.lab.state import LabDirectory, put_pid
 
 START_TIMEOUT_S = 90.0
@@ -108,8 +108,9 @@ def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
     ):
         _wait(lambda p=places, q=path: missing_health(p, q), plan, progress, deadline_s)  # type: ignore[misc]
         progress.done(f"{len(places)} {what} up")
-    has_reserves = plan.network.reserves.prefill and plan.network.reserves.high_water_bytes > 0
-    _wait(DeliveryCheck(lab, has_reserves=has_reserves).missing, plan, progress, deadline_s)
+    reserves = plan.network.reserves
+    wanted_keys = 1 if reserves.prefill and reserves.high_water_bytes > 0 else 0
+    _wait(DeliveryCheck(lab, wanted_keys=wanted_keys).missing, plan, progress, deadline_s)
     directory.write_lab(lab)
 
 
@@ -147,38 +148,40 @@ def stop_lab(directory: LabDirectory, progress: Progress) -> None:
     progress.done(f"stopped {len(processes)} processes; logs stay in {directory.log}")
 
 
-def restart_process(directory: LabDirectory, process_id: str, progress: Progress) -> None:
-    """Start one process of a running lab again, stopping it first if it runs.
+def restart_processes(directory: LabDirectory, process_ids: Sequence[str], progress: Progress) -> None:
+    """Start processes of a running lab again, all at once, stopping first those that run.
 
-    Returns once it answers on its health port. Whether it can serve depends on its
-    neighbours too, and is not waited for.
+    Returns once they answer on their health ports. Whether they can serve depends on
+    their neighbours too, and is not waited for.
 
     Raises:
         CallerError: the lab has no such process.
-        UnavailableError: it ended again, or does not answer in time.
+        UnavailableError: one ended again, or does not answer in time.
     """
     with directory.locked():
         lab = directory.read_lab()
         processes = directory.read_processes()
-        process = next((entry for entry in processes if entry.id == process_id), None)
-        if process is None:
+        known = {process.id: process for process in processes}
+        if unknown := [process_id for process_id in process_ids if process_id not in known]:
             raise CallerError(
-                f"no process {process_id!r} in this lab; there are {', '.join(p.id for p in processes)}",
+                f"no process {unknown[0]!r} in this lab; there are {', '.join(known)}",
                 reason=ErrorReason.INVALID_ARGUMENT,
             )
-        stop_all([process])
-        process.start()
-        put_pid(lab, process)
+        chosen = [known[process_id] for process_id in process_ids]
+        stop_all(chosen)
+        for process in chosen:
+            process.start()
+            put_pid(lab, process)
         directory.write_processes(processes)
         directory.write_lab(lab)
-    place = _health_place(lab, process_id)
+    places = {process.id: place for process in chosen if (place := _health_place(lab, process.id))}
     wait_until(
-        lambda: "" if place is None or get_plain(place, "/healthz")[0] == 200 else f"{process_id} starts",
+        lambda: missing_health(places, "/healthz"),
         deadline_s=time.monotonic() + _RESTART_TIMEOUT_S,
-        processes=[process],
+        processes=chosen,
         progress=progress.waiting,
     )
-    progress.done(f"{process_id} runs as {process.pid}")
+    progress.done(", ".join(f"{process.id} runs as {process.pid}" for process in chosen))
 
 
 def _health_place(lab: dict[str, Any], process_id: str) -> str | None:
@@ -192,7 +195,7 @@ def _health_place(lab: dict[str, Any], process_id: str) -> str | None:
 def rewrite_config(
     directory: LabDirectory, process_id: str, change: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Change one process's configuration file; it takes effect with ``restart_process``.
+    """Change one process's configuration file; it takes effect with ``restart_processes``.
 
     Raises:
         CallerError: no such configuration.

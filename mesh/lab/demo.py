@@ -18,17 +18,21 @@ from typing import Any
 import msgspec
 
 from mesh.errors import ErrorReason, IntegrityError, MeshError
-from mesh.lab.control import Progress, restart_process, rewrite_config, start_lab, stop_lab
+from mesh.lab.control import Progress, restart_processes, rewrite_config, start_lab, stop_lab
 from mesh.lab.encryptor import Encryptor, FetchedKey, RefusedError
 from mesh.lab.measure import Stopwatch, Summary, summarise
 from mesh.lab.networks import Network, load_network
 from mesh.lab.picture import Bar, draw_bars
-from mesh.lab.ready import encryptor, wait_until
+from mesh.lab.ready import DeliveryCheck, encryptor, wait_until
 from mesh.lab.state import LabDirectory
 from mesh.node.config import Reserves
 
 ON_DEMAND_KEYS = 200
 RESERVE_KEYS = 1000
+RESERVE_BYTES = 512 * 1024
+# What the devices hold at start: enough for all of it, soon ingested, so that little else runs meanwhile.
+DEVICE_BYTES = 8 << 20
+_KEY_BYTES = 32
 _WARM_UP = 10
 _FILL_TIMEOUT_S = 40.0
 # Toshiba Europe and Quantum Bridge: mean and standard deviation, ms.
@@ -61,7 +65,11 @@ class Demo:
         """
         lab_root = self._folder / "lab"
         # Reserves start empty and are not filled, so that the first keys are made on demand.
-        empty = msgspec.structs.replace(self._network, reserves=Reserves(high_water_bytes=0, prefill=False))
+        empty = msgspec.structs.replace(
+            self._network,
+            reserves=Reserves(high_water_bytes=0, prefill=False),
+            links=[msgspec.structs.replace(link, initial_bytes=DEVICE_BYTES) for link in self._network.links],
+        )
         directory = start_lab(empty, lab_root, self._progress)
         try:
             lab = directory.read_lab()
@@ -130,28 +138,20 @@ class Demo:
         return summarise(enc.samples_ms), summarise(dec.samples_ms)
 
     def _fill_reserves(self, directory: LabDirectory, lab: dict[str, Any]) -> None:
-        """Give every node its usual water marks and wait until enough keys lie in reserve."""
-        reserves = msgspec.to_builtins(Reserves())
-        for node in lab["nodes"]:
-            rewrite_config(directory, node["id"], lambda config: config.update(reserves=reserves))
-            restart_process(directory, node["id"], self._progress)
-
-        def missing() -> str:
-            try:
-                with encryptor(lab, self._master) as sae:
-                    held = sae.status(self._slave)["stored_key_count"]
-            except (RefusedError, OSError) as error:
-                return f"gateway: {error}"
-            wanted = 2 * (RESERVE_KEYS + _WARM_UP)
-            return "" if held >= wanted else f"reserve: {held} of {wanted} keys"
-
+        """Give every node water marks and wait until the reserves of all pairs are full."""
+        nodes = [node["id"] for node in lab["nodes"]]
+        reserves = msgspec.to_builtins(Reserves(high_water_bytes=RESERVE_BYTES))
+        for node_id in nodes:
+            rewrite_config(directory, node_id, lambda config: config.update(reserves=reserves))
+        restart_processes(directory, nodes, self._progress)
+        wanted_keys = RESERVE_BYTES // _KEY_BYTES * 95 // 100
         wait_until(
-            missing,
+            DeliveryCheck(lab, wanted_keys=wanted_keys).missing,
             deadline_s=time.monotonic() + _FILL_TIMEOUT_S,
             processes=directory.read_processes(),
             progress=self._progress.waiting,
         )
-        self._say("nodes restarted with their usual water marks, reserves filled")
+        self._say(f"nodes restarted with water marks, {RESERVE_BYTES // _KEY_BYTES} keys in each reserve")
 
     def _report(self, on_demand: Summary, reserve: Summary, dec: Summary) -> None:
         result = {

@@ -97,13 +97,13 @@ class DeliveryCheck:
 
     Args:
         lab: the content of ``lab.json``.
-        has_reserves: reserves are kept filled, so status must count keys; otherwise one
+        wanted_keys: that status must count; 0 where reserves are not kept filled: there one
             key is asked for (and spent), since an empty reserve counts nothing.
     """
 
-    def __init__(self, lab: dict[str, Any], *, has_reserves: bool) -> None:
+    def __init__(self, lab: dict[str, Any], *, wanted_keys: int) -> None:
         self._lab = lab
-        self._has_reserves = has_reserves
+        self._wanted_keys = wanted_keys
         self._open = list(_pairs(lab))
 
     def missing(self) -> str:
@@ -116,11 +116,11 @@ class DeliveryCheck:
         return ""
 
     def _try(self, caller: dict[str, Any], other: dict[str, Any]) -> str:
-        what = f"{caller['gateway']}: no keys for {other['id']} yet"
+        what = f"{caller['gateway']}: too few keys for {other['id']} yet"
         try:
             with encryptor(self._lab, caller["id"], timeout_s=10.0) as sae:
-                if self._has_reserves:
-                    is_there = sae.status(other["id"])["stored_key_count"] > 0
+                if self._wanted_keys:
+                    is_there = sae.status(other["id"])["stored_key_count"] >= self._wanted_keys
                 else:
                     is_there = bool(sae.enc_keys(other["id"]))
         except RefusedError as error:

@@ -30,7 +30,7 @@ WORDS = [
     "lab up --network metro --dir d",
     "lab up --network metro --dir d --detach",
     "lab down --dir d",
-    "lab restart --dir d ID",
+    "lab restart --dir d ID1 ID2",
     "lab run --dir d --traffic 3",
     "lab demo",
 ]
