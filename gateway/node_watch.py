@@ -10,6 +10,7 @@ from mesh.client import MeshClient, MeshError
 
 _LOG = logging.getLogger("keymesh.gateway")
 _RETRY_S = 1.0
+_REOPEN_S = 0.1
 # A node may have no level to tell; a stream that has not failed by then stands.
 _GRACE_S = 2.0
 
@@ -30,21 +31,28 @@ class NodeWatch:
         return [] if self._is_reachable else ["node unreachable"]
 
     async def follow(self) -> None:
-        """Hold the stream open, again and again."""
+        """Hold the stream open, again and again; one that stood and ended is opened again at once."""
         loop = asyncio.get_running_loop()
         while True:
-            grace = loop.call_later(_GRACE_S, self._tell, True)
+            stood = False
+            cause = "the node ended the stream"
+            grace = loop.call_later(_GRACE_S, self._tell, True, "")
             try:
                 async for _ in self._client.watch_levels():
-                    self._tell(True)
+                    stood = True
+                    self._tell(True, "")
             except MeshError as error:
-                _LOG.debug("level stream ended", extra={"cause": str(error), "reason": error.reason})
+                cause = str(error)
             finally:
                 grace.cancel()
-            self._tell(False)
-            await asyncio.sleep(_RETRY_S)
+            if not stood:
+                self._tell(False, cause)
+            await asyncio.sleep(_REOPEN_S if stood else _RETRY_S)
 
-    def _tell(self, is_reachable: bool) -> None:
+    def _tell(self, is_reachable: bool, cause: str) -> None:
         if is_reachable != self._is_reachable:
             self._is_reachable = is_reachable
-            _LOG.info("node reachable" if is_reachable else "node unreachable")
+            if is_reachable:
+                _LOG.info("node reachable")
+            else:
+                _LOG.warning("node unreachable", extra={"cause": cause})
