@@ -91,7 +91,8 @@ class LinkLanes:
         self._link_id = link_id(own_id, peer)
         self._spawn = spawn
         self._recorder = recorder
-        self.may_wipe = False
+        #: A hello has verified in this life of the process.
+        self.has_met = False
         self._wiping: set[int] = set()
         self.tx: LaneEnd[WriterLane]
         self.rx: LaneEnd[ReaderLane]
@@ -183,9 +184,12 @@ class LinkLanes:
                     tables.meta.raise_serial(name, value)
 
     def mark_ahead(self, end: AnyEnd) -> None:
-        """Move a mark in the background when little is left below it."""
+        """Move a mark in the background when little is left below it.
+
+        Not before a hello has verified: a crash loop without a peer would burn a stride each time.
+        """
         mark = end.lane.next_mark
-        if mark is not None and not end.is_moving:
+        if mark is not None and self.has_met and not end.is_moving:
             end.is_moving = True
             self._spawn(self._move_ahead(end, mark))
 
@@ -250,7 +254,7 @@ class LinkLanes:
 
     def wipe(self, end: AnyEnd) -> None:
         """Wipe what was used or skipped, in the background; not before the first hello (1.2)."""
-        if not self.may_wipe or end.lane_id in self._wiping or end.lane.position <= end.material.wiped_to:
+        if not self.has_met or end.lane_id in self._wiping or end.lane.position <= end.material.wiped_to:
             return
         below = min(end.lane.position, end.lane.mark)
         if isinstance(end.lane, ReaderLane):

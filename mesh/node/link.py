@@ -165,6 +165,7 @@ class Link:
         )
         self.peer_incarnation: bytes | None = None
         self.was_open = False
+        self.is_resetting = False
         self.opened_at_s = float("-inf")
         self.stream: LinkStream | None = None
         self.streams: list[LinkStream] = []
@@ -569,8 +570,8 @@ class Link:
         if self.refusal is not None:
             raise self.refusal
         left_s = self.blocked_until_s - self._around.now_s()
-        if left_s > 0:
-            raise UnavailableError("the link backs off", retry_after_s=left_s)
+        if left_s > 0 or self.is_resetting:
+            raise UnavailableError("the link backs off", retry_after_s=max(0.0, left_s))
         self.streams.append(stream)
         if len(self.streams) > MAX_STREAMS:
             oldest = next(one for one in self.streams if one is not self.stream)
@@ -668,11 +669,15 @@ class Link:
 
     async def reset(self) -> tuple[int, int]:
         """New epochs for both lanes, at the operator's word."""
-        async with self.ingest.lock:
-            self.close_streams(UnavailableError("the link is reset"))
-            epochs = self.lanes.tx.lane.epoch + 1, self.lanes.rx.lane.epoch + 1
-            await self.lanes.reset(transmit=epochs[0], receive=epochs[1], forget_peer=True)
-            self.ingest.forget()
+        self.is_resetting = True
+        try:
+            async with self.ingest.lock:
+                self.close_streams(UnavailableError("the link is reset"))
+                epochs = self.lanes.tx.lane.epoch + 1, self.lanes.rx.lane.epoch + 1
+                await self.lanes.reset(transmit=epochs[0], receive=epochs[1], forget_peer=True)
+                self.ingest.forget()
+        finally:
+            self.is_resetting = False
         self.lanes.is_settled = True
         self.peer_incarnation = None
         self.was_open = False

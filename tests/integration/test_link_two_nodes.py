@@ -307,9 +307,9 @@ async def test_a_closed_link_is_unavailable(pair: GrpcPair) -> None:
 
 async def test_operator_resets_both_ends(pair: GrpcPair) -> None:
     """Both lanes begin new epochs and fill again."""
-    pair.devices.budget_bytes += 64 << 10
     assert await pair.a.plane.reset_link("kme-b") == (2, 2)
     assert await pair.b.plane.reset_link("kme-a") == (2, 2)
+    pair.devices.budget_bytes += 64 << 10
     await pair.until_open()
     await send_share(pair.a, b"new epoch")
     await pair.b.until(lambda: bool(pair.b.shares.got))
