@@ -413,6 +413,8 @@ class Collector:
     @staticmethod
     def _compare_late(entry: _Pending, indexed: Mapping[int, bytes]) -> Outcome | None:
         good = [x for x, share in indexed.items() if share][: entry.header.grade.k]
+        if len(good) < entry.header.grade.k:
+            return None
         late = list(indexed)[-1]
         expected = sharing.evaluate({x: indexed[x] for x in good}, late)
         if expected == indexed[late]:

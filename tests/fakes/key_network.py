@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ NO_PREFILL = KeyPlaneConfig(
     access=AccessTable.open(), prefill=False, high_water_bytes=0, low_water_bytes=0, request_timeout_s=3.0
 )
 
+
+REFILLED = replace(
+    NO_PREFILL, prefill=True, high_water_bytes=16 * 1024, low_water_bytes=12 * 1024, lane_floor_bytes=4096
+)
 
 LINE: dict[str, Any] = {
     "format": "keymesh-network/1",
