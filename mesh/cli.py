@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mesh import __version__
 from mesh.errors import ConfigError, MeshError
@@ -233,15 +233,46 @@ def _add_operator(commands: Commands[argparse.ArgumentParser]) -> None:
         parser = _command(commands, name, text, _ask_nodes)
         parser.set_defaults(what=name)
         parser.add_argument("--json", action="store_true", help="JSON instead of a table")
-        parser.add_argument("--lab", type=Path, metavar="DIR", help="ask the nodes of the lab in DIR")
-        parser.add_argument("--node", metavar="ID", help="KME id; with --lab only this node")
-        parser.add_argument("--role", choices=("node", "hub"), default="node")
-        parser.add_argument("--address", metavar="HOST:PORT", help="the node's gRPC listener")
-        parser.add_argument("--domain", metavar="ID")
-        for option, meaning in (("ca", "node root"), ("cert", "tool certificate"), ("key", "its key")):
-            parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{meaning} (PEM)")
+        _add_target(parser)
         if name == "alarms":
             parser.add_argument("--acknowledge", metavar="ALARM", help="clear an alarm that waits for you")
+        if name == "links":
+            _add_reset(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser, **common: Any) -> None:
+    """Which node to ask, and with which certificate; ``common`` goes to every option."""
+    parser.add_argument("--lab", type=Path, metavar="DIR", help="ask the nodes of the lab in DIR", **common)
+    parser.add_argument("--node", metavar="ID", help="KME id; with --lab only this node", **common)
+    parser.add_argument("--role", choices=("node", "hub"), **{"default": "node", **common})
+    parser.add_argument("--address", metavar="HOST:PORT", help="the node's gRPC listener", **common)
+    parser.add_argument("--domain", metavar="ID", **common)
+    for option, meaning in (("ca", "node root"), ("cert", "tool certificate"), ("key", "its key")):
+        parser.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{meaning} (PEM)", **common)
+
+
+def _add_reset(links: argparse.ArgumentParser) -> None:
+    group = links.add_subparsers(title="commands", metavar="COMMAND")
+    text = "throw away a link's material at one node; do it at both ends, unless one is new"
+    reset = _command(group, "reset", text, _reset_link)
+    reset.add_argument("peer", metavar="PEER", help="KME id of the link's other end")
+    reset.add_argument("--confirm", required=True, metavar="PEER", help="the same id again")
+    # Suppressed defaults leave alone what stood before the word reset.
+    _add_target(reset, default=argparse.SUPPRESS)
+
+
+def _reset_link(arguments: argparse.Namespace) -> int:
+    from mesh.client import operator
+
+    if arguments.confirm != arguments.peer:
+        raise ConfigError("--confirm must repeat the id of the other end: the material is destroyed")
+    targets = _targets(arguments)
+    if len(targets) != 1:
+        raise ConfigError("give --node: a reset is for one node at a time")
+    transmit, receive = operator.reset_link(targets[0], arguments.peer)
+    print(f"link to {arguments.peer} reset: epochs {transmit} out, {receive} in")
+    print("do the same at the other end, unless it is new")
+    return 0
 
 
 def _ask_nodes(arguments: argparse.Namespace) -> int:

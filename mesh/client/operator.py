@@ -1,7 +1,8 @@
 """What operators ask a node: status, links, reserves, alarms, as tables or JSON.
 
 Speaks the admin service with a tool certificate. Carries no key facts, because the
-service has none to give. Must not change anything at a node but acknowledge an alarm.
+service has none to give. Must not change anything at a node but what the operator says in so many
+words: acknowledge an alarm, reset a link.
 """
 
 from __future__ import annotations
@@ -78,6 +79,25 @@ def acknowledge(target: OperatorTarget, alarm_id: str, *, timeout_s: float = 5.0
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
+
+
+def reset_link(target: OperatorTarget, peer: str, *, timeout_s: float = 30.0) -> tuple[int, int]:
+    """Throw away all material of a link at this end and begin new epochs of both its lanes.
+
+    Returns:
+        The new epochs, outbound and inbound.
+
+    Raises:
+        MeshError: the node has no such link, or cannot be reached.
+    """
+    with _channel(target) as channel:
+        try:
+            answer = admin_pb2_grpc.AdminStub(channel).ResetLink(
+                admin_pb2.ResetLinkRequest(peer_kme_id=peer, confirm_peer_kme_id=peer), timeout=timeout_s
+            )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+    return answer.transmit_epoch, answer.receive_epoch
 
 
 def _channel(target: OperatorTarget) -> grpc.Channel:

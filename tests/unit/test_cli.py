@@ -25,6 +25,8 @@ WORDS = [
     "sae list --lab d",
     "status --lab d",
     "links --lab d --node n --json",
+    "links --lab d --node n reset p --confirm p",
+    "links reset p --confirm p --address h:1 --node n --domain d --ca c --cert c --key k",
     "reserves --address h:1 --node n --domain d --ca c --cert c --key k",
     "alarms --lab d --acknowledge a",
     "lab up --network metro --dir d",
@@ -39,6 +41,16 @@ WORDS = [
 @pytest.mark.parametrize("words", WORDS)
 def test_every_command_parses(words: str) -> None:
     assert callable(build_parser(words.split(maxsplit=1)[0]).parse_args(words.split()).handler)
+
+
+def test_a_link_is_reset_at_one_node_and_with_its_name_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["links", "--lab", str(tmp_path), "--node", "kme-a", "reset", "kme-b"]
+    arguments = build_parser("links").parse_args([*words, "--confirm", "kme-b"])
+    assert (arguments.lab, arguments.node, arguments.peer) == (tmp_path, "kme-a", "kme-b")
+    assert main([*words, "--confirm", "kme-c"]) == 2
+    assert "--confirm" in capsys.readouterr().err
 
 
 def test_pki_is_there() -> None:
