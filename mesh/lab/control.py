@@ -81,6 +81,7 @@ def start_lab(network: Network, root: Path, progress: Progress) -> LabDirectory:
         except BaseException:
             stop_all(plan.processes)
             directory.write_processes(plan.processes)
+            directory.remove_proofs()
             raise
     progress.done(f"{network.name} delivers: {directory.lab_file}")
     return directory
@@ -145,6 +146,7 @@ def stop_lab(directory: LabDirectory, progress: Progress) -> None:
             for process_id in killed:
                 progress.done(f"{process_id} did not stop by itself and was killed")
         directory.lab_file.unlink(missing_ok=True)
+        directory.remove_proofs()
     progress.done(f"stopped {len(processes)} processes; logs stay in {directory.log}")
 
 

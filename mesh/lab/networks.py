@@ -84,7 +84,10 @@ class EtcdSpec(_Section, frozen=True, kw_only=True):
 
 
 class Network(_Section, frozen=True, kw_only=True):
-    """A whole network file."""
+    """A whole network file.
+
+    ``pad_audit`` lets every node record each pad range that it uses (never bytes), for audits.
+    """
 
     name: _Id
     domain: _Id
@@ -95,6 +98,7 @@ class Network(_Section, frozen=True, kw_only=True):
     reserves: Reserves = Reserves()
     limits: Limits = Limits()
     quota: Quota = Quota()
+    pad_audit: bool = False
 
     def node(self, kme_id: str) -> NodeSpec:
         """The node of that id, which must exist."""

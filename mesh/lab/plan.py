@@ -154,6 +154,8 @@ class Planner:
             for gateway in node.gateways:
                 self._plan_gateway(node, gateway)
         self._dir.audit.mkdir(exist_ok=True, mode=0o700)
+        if self._dir.proofs is not None:
+            self._dir.proofs.mkdir(mode=0o700)
         self._dir.network.mkdir(exist_ok=True)
         (self._dir.network / "document.yaml").write_text(
             yaml.safe_dump(self._network.document_source(), sort_keys=False), encoding="utf-8"
@@ -303,6 +305,10 @@ class Planner:
             "access": "open",
             "audit_log": str(self._dir.audit / f"{node.id}.jsonl"),
         }
+        if self._dir.proofs is not None:
+            config["proof_dir"] = str(self._dir.proofs)
+        if self._network.pad_audit:
+            config["pad_audit_file"] = str(self._dir.pad_audit_of(node.id))
         if self._dial[node.id]:
             config["addresses"] = self._dial[node.id]
         path = self._write_config(node.id, config)
@@ -401,3 +407,4 @@ def clear_directory(directory: LabDirectory) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+    directory.remove_proofs()

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from mesh.core.identity import Role
 from mesh.errors import ConfigError
 from mesh.lab.processes import Process
 from mesh.pki.authority import write_file
+from mesh.store import proof
+from mesh.store.files import OsFiles
 
 OWN_ENTRIES = frozenset(
     {"lab.json", "processes.json", ".lock", "pki", "config", "data", "etcd", "log", "audit", "network"}
@@ -47,6 +52,15 @@ class LabDirectory:
         self.lab_file = self.root / "lab.json"
         self.processes_file = self.root / "processes.json"
 
+    @property
+    def proofs(self) -> Path | None:
+        """This lab's own folder on tmpfs for its nodes' proofs of a mere restart; None without tmpfs."""
+        name = f"keymesh-lab-{hashlib.sha256(str(self.root).encode()).hexdigest()[:16]}"
+        files = OsFiles()
+        places = reversed(proof.DEFAULT_DIRECTORIES)
+        usable = (place for place in places if files.is_tmpfs(place) and os.access(place, os.W_OK))
+        return next((place / name for place in usable), None)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other lab commands off this directory's files.
@@ -65,6 +79,15 @@ class LabDirectory:
     def log_of(self, process_id: str) -> Path:
         """The log of a process."""
         return self.log / f"{process_id}.log"
+
+    def pad_audit_of(self, kme_id: str) -> Path:
+        """Where a node records the pad ranges that it used, if its network says so."""
+        return self.audit / f"{kme_id}.pads.jsonl"
+
+    def remove_proofs(self) -> None:
+        """Leave nothing on tmpfs: nodes of a stopped lab need no proof."""
+        if self.proofs is not None:
+            shutil.rmtree(self.proofs, ignore_errors=True)
 
     def password_file(self, etcd_user: str) -> Path:
         """The password of an etcd user."""

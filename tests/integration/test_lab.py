@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mesh.lab.encryptor import Encryptor, RefusedError
 from mesh.lab.ready import encryptor
@@ -35,6 +36,17 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def proof_folder(root: Path) -> Path | None:
+    """The folder on tmpfs that the nodes of a lab are told to use; None on a machine without tmpfs."""
+    told = {
+        yaml.safe_load((root / "config" / f"{node['id']}.yaml").read_text()).get("proof_dir")
+        for node in json.loads((root / "lab.json").read_text())["nodes"]
+    }
+    assert len(told) == 1
+    folder = told.pop()
+    return None if folder is None else Path(folder)
+
+
 def pids(lab: dict[str, Any]) -> dict[str, int]:
     sections = ("nodes", "hubs", "gateways", "devices", "relays")
     found = {entry["id"]: entry["pid"] for section in sections for entry in lab[section]}
@@ -53,10 +65,13 @@ def lab_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = pids(json.loads((root / "lab.json").read_text()))
     yield root
     after = pids(json.loads((root / "lab.json").read_text()))
+    proofs = proof_folder(root)
+    assert proofs is None or list(proofs.glob("*.marks"))
     down = keymesh("lab", "down", "--dir", str(root))
     assert down.returncode == 0, down.stderr
     assert not [pid for pid in {*before.values(), *after.values()} if is_alive(pid)]
     assert not (root / "lab.json").exists()
+    assert proofs is None or not proofs.exists()
 
 
 @pytest.fixture
@@ -187,6 +202,9 @@ def test_a_killed_node_stays_dead_until_restarted_and_the_network_heals(
     assert restarted.returncode == 0, restarted.stderr
     fresh = json.loads((lab_dir / "lab.json").read_text())
     assert pids(fresh)[node["id"]] != node["pid"]
+    if proof_folder(lab_dir) is not None:
+        status = keymesh("status", "--lab", str(lab_dir), "--node", node["id"], "--json")
+        assert json.loads(status.stdout)[node["id"]]["is_proven_restart"] is True
     assert {k: v for k, v in pids(fresh).items() if k != node["id"]} == {
         k: v for k, v in pids(lab).items() if k != node["id"]
     }
