@@ -192,9 +192,9 @@ class Ingest:
 
     def _prune(self, tables: Tables, end: AnyEnd) -> None:
         """Inside a change: forget blocks answered long ago whose offsets are used."""
-        rows = tables.blocks.list(end.lane_id)
-        for row in rows[:-KEPT_BLOCKS]:
-            if row.state is not BlockState.OFFERED and row.stop <= end.lane.mark:
+        # Only those below the mark are read: a full pool has a thousand more, and this runs per block.
+        for row in tables.blocks.list(end.lane_id, below=end.lane.mark)[:-KEPT_BLOCKS]:
+            if row.state is not BlockState.OFFERED:
                 tables.blocks.delete(row.block_id)
                 end.blocks.discard(row.block_id)
 

@@ -83,8 +83,10 @@ class Blocks(Table):
         row = self._row(f"SELECT {_COLUMNS} FROM blocks WHERE block_id = ?", block_id)
         return _block(row) if row else None
 
-    def list(self, lane_id: int | None = None, state: BlockState | None = None) -> list[BlockRow]:
-        """Blocks by lane and start, of one lane and state if given."""
+    def list(
+        self, lane_id: int | None = None, state: BlockState | None = None, *, below: int | None = None
+    ) -> list[BlockRow]:
+        """Blocks by lane and start, of one lane and state, and ending at or below an offset, if given."""
         conditions, values = ["1"], list[Value]()
         if lane_id is not None:
             conditions.append("lane_id = ?")
@@ -92,6 +94,9 @@ class Blocks(Table):
         if state is not None:
             conditions.append("state = ?")
             values.append(state.value)
+        if below is not None:
+            conditions.append("stop <= ?")
+            values.append(below)
         rows = self._rows(
             f"SELECT {_COLUMNS} FROM blocks WHERE {' AND '.join(conditions)} ORDER BY lane_id, start", *values
         )
