@@ -25,7 +25,7 @@ DOMAIN = "toronto"
 NODES = ("kme-a", "kme-b", "kme-c")
 OPERATOR = "operator"
 PASSWORD = "test-only-password"
-START_S = 30.0
+START_S = 60.0
 
 
 @dataclass(slots=True)
@@ -176,7 +176,7 @@ async def running_etcd(
         await cluster.close()
 
 
-async def eventually(predicate: Callable[[], bool], within_s: float = 20.0) -> None:
+async def eventually(predicate: Callable[[], bool], within_s: float = 40.0) -> None:
     """Waits until ``predicate`` holds."""
     async with asyncio.timeout(within_s):
         while not predicate():  # noqa: ASYNC110 - what is waited for has no event

@@ -50,13 +50,17 @@ class Refusals:
 
 @asynccontextmanager
 async def directory(
-    etcd: EtcdCluster, kme_id: str, refused: Refusals | None = None, trust: bool = False
+    etcd: EtcdCluster,
+    kme_id: str,
+    refused: Refusals | None = None,
+    trust: bool = False,
+    lease_s: int = LEASE_S,
 ) -> AsyncIterator[EtcdDirectory]:
     keeper = DocumentKeeper(
         DOMAIN, operator_key=None if trust else KEY.public_key(), trust_directory=trust, refused=refused
     )
     client = etcd.client(kme_id, timeout_s=1.0, heartbeat_s=0.3)
-    started = EtcdDirectory(client, DOMAIN, keeper, lease_s=LEASE_S)
+    started = EtcdDirectory(client, DOMAIN, keeper, lease_s=lease_s)
     await started.start()
     try:
         yield started
@@ -70,11 +74,11 @@ def serial(d: EtcdDirectory) -> int:
 
 async def test_two_nodes_see_each_other_and_a_stop_withdraws_at_once(tmp_path: Path) -> None:
     async with running_etcd(tmp_path) as etcd, directory(etcd, "kme-a") as a:
-        async with directory(etcd, "kme-b") as b:
+        async with directory(etcd, "kme-b", lease_s=120) as b:
             await a.publish_node(record("kme-a", 1001))
             await b.publish_node(record("kme-b", 1002))
             await eventually(lambda: a.peers().keys() == {"kme-a", "kme-b"} == b.peers().keys())
-        await eventually(lambda: a.peers().keys() == {"kme-a"}, within_s=1.0)
+        await eventually(lambda: a.peers().keys() == {"kme-a"})
         # What was known is still of use: a lease that ran out does not take the address away.
         assert a.address("kme-b") == "127.0.0.1:1002"
 
@@ -91,12 +95,16 @@ async def test_a_node_that_died_disappears_when_its_lease_ends(tmp_path: Path) -
 
 
 async def test_records_outlive_their_lease_time_while_the_node_lives(tmp_path: Path) -> None:
-    async with running_etcd(tmp_path) as etcd, directory(etcd, "kme-a") as a, directory(etcd, "kme-b") as b:
+    async with (
+        running_etcd(tmp_path) as etcd,
+        directory(etcd, "kme-a") as a,
+        directory(etcd, "kme-b", lease_s=3) as b,
+    ):
         await b.publish_node(record("kme-b"))
         await eventually(lambda: "kme-b" in a.peers())
         gone: list[bool] = []
         a.subscribe(lambda: gone.append("kme-b" not in a.peers()))
-        await asyncio.sleep(3 * LEASE_S)
+        await asyncio.sleep(8)
         assert not any(gone)
         assert "kme-b" in a.peers()
 
@@ -106,7 +114,7 @@ async def test_etcd_away_the_nodes_go_on_with_what_they_knew_and_say_how_old_it_
         await publish_document(etcd.client(OPERATOR), signed(1))
         await b.publish_node(record("kme-b", 1002))
         await eventually(lambda: a.address("kme-b") is not None and serial(a) == 1)
-        assert a.staleness_s() < 2
+        await eventually(lambda: a.staleness_s() < 2)
         etcd.kill()
         await asyncio.sleep(2.5)
         assert a.staleness_s() > 2
@@ -125,7 +133,7 @@ async def test_a_node_starts_without_etcd_and_catches_up(tmp_path: Path) -> None
     async with running_etcd(tmp_path) as etcd:
         await publish_document(etcd.client(OPERATOR), signed(1))
         etcd.kill()
-        async with asyncio.timeout(8), directory(etcd, "kme-a") as a:
+        async with asyncio.timeout(60), directory(etcd, "kme-a") as a:
             assert a.document is None
             assert a.staleness_s() == float("inf")
             await a.publish_node(record("kme-a"))
