@@ -95,8 +95,9 @@ class Blocks(Table):
             conditions.append("state = ?")
             values.append(state.value)
         if below is not None:
-            conditions.append("stop <= ?")
-            values.append(below)
+            # The first half is implied by the second; the index is by start.
+            conditions.append("start < ? AND stop <= ?")
+            values += [below, below]
         rows = self._rows(
             f"SELECT {_COLUMNS} FROM blocks WHERE {' AND '.join(conditions)} ORDER BY lane_id, start", *values
         )
