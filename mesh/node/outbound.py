@@ -130,9 +130,11 @@ class OutboundBook:
         reserve_id = self.reserve_id
 
         def change(tables: Tables) -> None:
-            if assign is not None:
+            # Moves overlap: one that asked for less may run after one that asked for more.
+            row = tables.reserves.get(reserve_id)
+            if assign is not None and assign > row.assign_mark:
                 tables.reserves.set_assign_mark(reserve_id, assign)
-            if draw is not None:
+            if draw is not None and draw > row.draw_mark:
                 tables.reserves.set_draw_mark(reserve_id, draw)
 
         await self._store.commit(change)
