@@ -463,7 +463,8 @@ class Link:
             self.lanes.tx.lane.take_report(meta.receive_position)
             if self.lanes.tx.lane.reported > before:
                 self.notify()
-        self.on_discarded(meta.discarded_block_ids)
+        if meta.discarded_block_ids:
+            self.on_discarded(meta.discarded_block_ids)
         for answer in meta.answers:
             self.on_answer(answer, in_frame=True)
         decided = meta.transmit_decided_below, meta.receive_decided_below
