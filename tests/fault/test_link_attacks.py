@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def only(kind: FrameKind, *, from_dialler: bool, act: Callable[[WireStream, byte
         return [data]
 
     return tamper
+
+
+def has_more(count: Callable[[], int], than: int) -> bool:
+    """Whether a count has risen."""
+    return count() > than
+
+
+def keep_in(held: list[bytes]) -> Callable[[WireStream, bytes], list[bytes]]:
+    """Hold messages back in a list."""
+
+    def act(stream: WireStream, data: bytes) -> list[bytes]:
+        held.append(data)
+        return []
+
+    return act
 
 
 async def test_withheld_frames_stop_the_writer_at_half_the_window(pair: Pair) -> None:
@@ -121,9 +137,7 @@ async def test_known_plaintext_gives_no_tag_key(pair: Pair) -> None:
     await pair.start()
     await quiet(pair)
     held: list[bytes] = []
-    pair.wire.tamper = only(
-        FrameKind.DATA, from_dialler=True, act=lambda stream, data: held.append(data) or []
-    )
+    pair.wire.tamper = only(FrameKind.DATA, from_dialler=True, act=keep_in(held))
     known = bytes(range(256)) * 2
     await send_share(pair.a, known)
     await pair.a.until(lambda: bool(held))
@@ -207,7 +221,7 @@ async def test_a_reset_per_second_burns_hellos_only(pair: Pair) -> None:
     for count in range(20):
         opened = pair.a.shares.opened
         pair.wire.cut()
-        await pair.a.until(lambda opened=opened: pair.a.shares.opened > opened)
+        await pair.a.until(partial(has_more, lambda: pair.a.shares.opened, opened))
         await pair.until_open()
         assert count < 20
     for site, position, mark in zip((pair.a, pair.b), positions, marks, strict=True):
@@ -232,7 +246,7 @@ async def test_a_crash_loop_without_a_peer_burns_32_bytes_a_hello(pair: Pair) ->
         pair.a = pair.make_a()
         await pair.a.plane.start()
         before = pair.uses_a.spent("hello")
-        await pair.a.until(lambda before=before: pair.uses_a.spent("hello") > before)
+        await pair.a.until(partial(has_more, lambda: pair.uses_a.spent("hello"), before))
         await pair.a.crash()
     burnt = pair.uses_a.spent("hello") - spent
     assert pair.a.link.lanes.tx.lane.mark == mark + burnt
@@ -487,7 +501,7 @@ async def test_forged_lost_verdict_at_first_contact_delays_only(tmp_path: Path) 
     for writer, reader in ((pair.a, pair.b), (pair.b, pair.a)):
         assert writer.link.lanes.tx.lane.epoch == reader.link.lanes.rx.lane.epoch
         await send_share(writer, b"agreed")
-        await reader.until(lambda reader=reader: bool(reader.shares.got))
+        await reader.until(partial(has_more, reader.shares.got.__len__, 0))
     await pair.stop()
 
 
@@ -537,7 +551,7 @@ async def test_lost_block_leaves_a_hole_that_no_frame_spans(pair: Pair) -> None:
         while holes[name] and end.position <= holes[name][-1].stop:
             await send_share(sender, bytes(3000))
             sent += 1
-        await receiver.until(lambda receiver=receiver, sent=sent: len(receiver.shares.got) == sent)
+        await receiver.until(partial(has_more, receiver.shares.got.__len__, sent - 1))
         uses = pair.uses_a if sender is pair.a else pair.uses_b
         for out, _, start, stop, _ in uses.ranges:
             assert not out or not any(start < hole.stop and hole.start < stop for hole in holes[name])
@@ -591,9 +605,7 @@ async def test_frames_before_hellos_are_refused(pair: Pair) -> None:
     await pair.start()
     await quiet(pair)
     held: list[bytes] = []
-    pair.wire.tamper = only(
-        FrameKind.DATA, from_dialler=True, act=lambda stream, data: held.append(data) or []
-    )
+    pair.wire.tamper = only(FrameKind.DATA, from_dialler=True, act=keep_in(held))
     await send_share(pair.a, b"held back")
     await pair.a.until(lambda: bool(held))
 
@@ -618,9 +630,7 @@ async def test_every_flipped_bit_of_a_frame_is_caught(pair: Pair) -> None:
     await pair.start()
     await quiet(pair)
     held: list[bytes] = []
-    pair.wire.tamper = only(
-        FrameKind.DATA, from_dialler=True, act=lambda stream, data: held.append(data) or []
-    )
+    pair.wire.tamper = only(FrameKind.DATA, from_dialler=True, act=keep_in(held))
     await send_share(pair.a, b"x" * 40)
     await pair.a.until(lambda: bool(held))
     frame = bytes(unwrap(held[0]))  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -11,8 +12,10 @@ import pytest
 
 from mesh.core.lane import ROOT_BYTES
 from mesh.errors import CallerError, ErrorReason, ShortageError, UnavailableError
+from mesh.node.lanes import AnyEnd
 from mesh.node.services.link import LinkService, add_link_service
 from mesh.node.transport import DialledTransport
+from mesh.store.tables import ExtentRow, Tables
 from mesh.v1.link_pb2 import ShareItem
 from tests.fakes.link_sites import DevicePair, Document, Site, proof_folder, send_share, share_of
 
@@ -248,16 +251,28 @@ async def test_newer_document_is_handed_over(pair: GrpcPair) -> None:
     assert pair.a.document.signed_bytes() == b"7:signed"
 
 
+def _is_wiped(end: AnyEnd, position: int) -> bool:
+    return end.material.wiped_to >= position
+
+
+def _extents(end: AnyEnd, tables: Tables) -> list[ExtentRow]:
+    return tables.extents.list(end.lane_id)
+
+
 async def test_used_bytes_are_wiped_on_disk(pair: GrpcPair) -> None:
     """1.2: both ends wipe what was used, in batches."""
     await send_share(pair.a, b"k" * 128)
     await pair.b.until(lambda: bool(pair.b.shares.got))
-    for site, end in ((pair.a, pair.a.link.lanes.tx), (pair.b, pair.b.link.lanes.rx)):
+    ends: tuple[tuple[Site, AnyEnd], ...] = (
+        (pair.a, pair.a.link.lanes.tx),
+        (pair.b, pair.b.link.lanes.rx),
+    )
+    for site, end in ends:
         position = end.lane.position
         site.link.tidy()
-        await site.until(lambda end=end, position=position: end.material.wiped_to >= position)
+        await site.until(partial(_is_wiped, end, position))
         await asyncio.sleep(0.05)
-        first = site.store.read(lambda tables, end=end: tables.extents.list(end.lane_id))[0]
+        first = site.store.read(partial(_extents, end))[0]
         left = site.store.pads.read(first.file, 0, min(position, first.stop))
         assert not any(left[ROOT_BYTES:])
 

@@ -7,7 +7,6 @@ link plane. Messages pass as bytes, because ``mesh.node.transport`` reads the en
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import grpc
 
@@ -15,18 +14,6 @@ from mesh.node.links import LinkPlane
 from mesh.node.transport import AcceptedTransport, Context
 
 SERVICE = "mesh.v1.Link"
-
-
-class _Server(Protocol):
-    """What generated registration functions ask of a server."""
-
-    def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """Take handlers by generic lookup."""
-        ...
-
-    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        """Take handlers by name."""
-        ...
 
 
 class LinkService:
@@ -47,7 +34,7 @@ class LinkService:
         await self._plane.accept(self._caller_id(), AcceptedTransport(context))
 
 
-def add_link_service(service: LinkService, server: _Server) -> None:
+def add_link_service(service: LinkService, server: grpc.aio.Server) -> None:
     """Register like a generated ``add_LinkServicer_to_server``, with messages left as bytes."""
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Exchange": grpc.stream_stream_rpc_method_handler(service.exchange)
