@@ -249,7 +249,7 @@ class Establisher:
         )
         encoded = header.encode()
         tag = transfer_tag(encoded, secret)
-        book.hold(first, order.slots, order.kind, parts.payload)
+        book.hold(first, order.slots, order.kind, parts.payload, persists=order.persists)
         transfer = _Transfer(header, tag, parts.confirm_key, book)
         self._in_flight[header.transfer] = transfer
         for index, (link, claim) in enumerate(zip(links, claims, strict=True)):
@@ -294,7 +294,9 @@ class Establisher:
             source_kme_id=t.source, target_kme_id=t.target, epoch=t.epoch, first_slot=t.first_slot
         )
         try:
-            answer = await self._peers.query(t.target, TransferQuery(transfer=wanted, tag=transfer.tag), timeout_s=timeout_s)
+            answer = await self._peers.query(
+                t.target, TransferQuery(transfer=wanted, tag=transfer.tag), timeout_s=timeout_s
+            )
         except MeshError as exc:
             _LOG.info("transfer query failed", extra={"peer": t.target, "cause": str(exc)})
             return

@@ -111,6 +111,7 @@ class Jobs:
         body = message.SerializeToString()
         book, span = await self._slots(peer, slots_needed(len(body)), timeout_s)
         tags, keys = book.sealed_parts(span)
+        using = book.using_sealed(span)
         job_id = self._around.randomness(16)
 
         def change(tables: Tables) -> bytes:
@@ -140,7 +141,7 @@ class Jobs:
                 lowest_open_job=envelope.lowest_open_job,
             )
             payload = keys[:KEY_PART_BYTES] + request.SerializeToString()
-            tables.slots.add_used(book.reserve_id, span.start, span.stop)
+            using(tables)
             tables.jobs.put(JobRow(job_id, number, _JOB_KIND, peer, "open", payload))
             return payload
 

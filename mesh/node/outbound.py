@@ -8,6 +8,8 @@ drawn at once and live in memory only. The layout of a payload (docs/formats.md 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from bisect import bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from mesh.core.keyid import KeyAddress, tagger
 from mesh.core.ranges import Range, RangeSet
 from mesh.core.reserve import DrawClock, OutboundReserve, slots_per_key
 from mesh.core.transfer import KEY_PART_BYTES, TAG_PART_BYTES, SlotKind
+from mesh.errors import MeshError
+from mesh.node.inbound import INLINE_MAX_BYTES
 from mesh.store.store import Store
 from mesh.store.tables import AppendKind, AppendRow, ReserveRow, ReserveState, Tables
 
@@ -23,6 +27,8 @@ ASSIGN_STRIDE_SLOTS = 8192
 DRAW_STRIDE_SLOTS = 2048
 _CHUNK_SLOTS = 4096
 _CLOCK_STEPS = 96
+
+_LOG = logging.getLogger("keymesh.reserves")
 
 
 @dataclass(slots=True, repr=False)
@@ -34,6 +40,7 @@ class _Segment:
     kind: SlotKind
     payload: bytes | None
     file: str = ""
+    persists: bool = False
     is_confirmed: bool = False
     is_recorded: bool = False
 
@@ -160,17 +167,17 @@ class OutboundBook:
 
     # transfers
 
-    def hold(self, first: int, count: int, kind: SlotKind, payload: bytes) -> None:
-        """Keeps the payload of a transfer that is under way."""
-        self._add(_Segment(first, count, kind, payload))
+    def hold(self, first: int, count: int, kind: SlotKind, payload: bytes, *, persists: bool) -> None:
+        """Keeps the payload of a transfer that is under way; with ``persists`` it is to survive restarts."""
+        self._add(_Segment(first, count, kind, payload, persists=persists))
 
     async def persist(self, first: int, now_s: int) -> None:
-        """Writes the payload of a refill or sealed append to a reserve file, durably.
+        """Writes the payload of a large refill to a reserve file, durably.
 
         Runs beside the network round trip; only a confirm makes the file count.
         """
         segment = self._by_first.get(first)
-        if segment is None or segment.payload is None or segment.file:
+        if segment is None or segment.payload is None or len(segment.payload) <= INLINE_MAX_BYTES:
             return
         name = f"out-{self.reserve_id}-{first}"
         await self._store.reserve_files.create(name, segment.payload)
@@ -194,8 +201,10 @@ class OutboundBook:
         return True
 
     def _record(self, segment: _Segment, now_s: int) -> None:
-        """Once its file is durable and the target holds it, a transfer survives a restart."""
-        if not (segment.file and segment.is_confirmed) or segment.is_recorded:
+        """What the target holds and is durable here survives a restart; small payloads go into the row."""
+        inline = None if segment.file else segment.payload
+        is_ready = segment.persists and segment.is_confirmed and not segment.is_recorded
+        if not is_ready or (inline is not None and len(inline) > INLINE_MAX_BYTES):
             return
         segment.is_recorded = True
         row = AppendRow(
@@ -205,14 +214,14 @@ class OutboundBook:
             kind=AppendKind(segment.kind.name.lower()),
             file=segment.file,
             file_offset=0,
-            inline=None,
+            inline=inline,
             confirm=None,
             confirm_tag=None,
             is_confirmed=True,
             created_s=now_s,
         )
         self._later(lambda tables: tables.appends.put(row))
-        if segment.kind is SlotKind.KEYS:
+        if segment.file and segment.kind is SlotKind.KEYS:
             segment.payload = None
 
     def forfeit(self, first: int) -> None:
@@ -242,22 +251,14 @@ class OutboundBook:
         if end > slots.draw_mark:
             return None
         slots.draw(pieces)
-        issue = tagger(master, slave).issue
-        epoch = slots.epoch
+        issue_run = tagger(master, slave).issue_run
         step = per_key * KEY_PART_BYTES
         keys: list[tuple[bytes, bytes]] = []
         for piece in pieces:
             tags, parts = self._read(piece)
-            at = 0
-            for slot in range(piece.start, piece.stop, per_key):
-                tag_at = (slot - piece.start) * TAG_PART_BYTES
-                keys.append(
-                    (
-                        issue(KeyAddress(epoch, slot, size_bytes), tags[tag_at : tag_at + TAG_PART_BYTES]),
-                        parts[at : at + size_bytes],
-                    )
-                )
-                at += step
+            address = KeyAddress(slots.epoch, piece.start, size_bytes)
+            ids = issue_run(address, len(piece) // per_key, tags)
+            keys += zip(ids, [parts[at : at + size_bytes] for at in range(0, len(parts), step)], strict=True)
         self._after_draw(end, now_s)
         return keys
 
@@ -343,19 +344,37 @@ class OutboundBook:
         """Tag parts and key parts of sealed slots just taken (they lie in one append)."""
         return self._columns(self._segment_at(span.start, SlotKind.SEALED), span.start, span.stop)
 
-    def wipe_sealed(self, span: Range) -> None:
-        """Overwrites sealed slots whose use is durable."""
+    def using_sealed(self, span: Range) -> Callable[[Tables], None]:
+        """A change that makes sealed slots used for ever and wipes them where they lie in a row."""
         segment = self._segment_at(span.start, SlotKind.SEALED)
-        for keys in (False, True):
-            size = KEY_PART_BYTES if keys else TAG_PART_BYTES
-            base = segment.count * TAG_PART_BYTES if keys else 0
-            offset, length = base + (span.start - segment.first) * size, len(span) * size
+        wipes = self._sealed_extents(segment, span)
+
+        def change(tables: Tables) -> None:
+            tables.slots.add_used(self.reserve_id, span.start, span.stop)
+            for offset, length in wipes:
+                tables.appends.wipe_inline(self.reserve_id, segment.first, offset, length)
+
+        return change
+
+    def wipe_sealed(self, span: Range) -> None:
+        """After the commit: overwrites used sealed slots in memory and file."""
+        segment = self._segment_at(span.start, SlotKind.SEALED)
+        for offset, length in self._sealed_extents(segment, span):
             if segment.payload is not None:
                 segment.payload = (
                     segment.payload[:offset] + bytes(length) + segment.payload[offset + length :]
                 )
             if segment.file:
                 self._store.reserve_files.wipe(segment.file, offset, length)
+
+    @staticmethod
+    def _sealed_extents(segment: _Segment, span: Range) -> list[tuple[int, int]]:
+        at = span.start - segment.first
+        base = segment.count * TAG_PART_BYTES
+        return [
+            (at * TAG_PART_BYTES, len(span) * TAG_PART_BYTES),
+            (base + at * KEY_PART_BYTES, len(span) * KEY_PART_BYTES),
+        ]
 
     def forget_sealed_below(self, below: int) -> None:
         """Drops sealed appends wholly below a retire that is about to be sent."""
@@ -381,15 +400,23 @@ class OutboundBook:
         self._segments[segment.kind].remove(segment)
         del self._by_first[segment.first]
         segment.payload = None
-        if segment.file:
+        if segment.file or segment.is_recorded:
             self._spawn(self._remove(segment))
 
     async def _remove(self, segment: _Segment) -> None:
         """First the row, then the file: a row must never name a file that is gone."""
         if segment.is_recorded:
             await self._store.commit(lambda tables: tables.appends.delete(self.reserve_id, segment.first))
-        await self._store.reserve_files.remove(segment.file)
+        if segment.file:
+            await self._store.reserve_files.remove(segment.file)
 
     def _later(self, change: Callable[[Tables], object]) -> None:
-        """Commits bookkeeping that nobody waits for."""
-        self._spawn(self._store.commit(change))
+        """Queues bookkeeping that nobody waits for; it keeps its place before later changes."""
+        try:
+            self._spawn(_finished(self._store.commit_soon(change)))
+        except MeshError as exc:
+            _LOG.warning("bookkeeping of a reserve failed", extra={"peer": self.peer, "cause": str(exc)})
+
+
+async def _finished(future: asyncio.Future[object]) -> None:
+    await future

@@ -6,7 +6,8 @@ before the answer) and the reading side of 4.7 and 4.9. Answers never say which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mesh.core.keyid import KEY_ID_BYTES, KeyAddress, parse, tagger
@@ -77,22 +78,24 @@ class Redeemer:
         stored: dict[int, StoredKeyRow] = {}
         is_unknown = is_denied = False
         wrong = 0
+        # A foreign master is looked up only in the key store (6.1).
+        is_foreign = document.foreign_for(master) is not None
+        # Every KME that was the master's home within the key lifetime (4.7, 5.1).
+        homes = document.homes_within(master, self._around.now_s(), self._lifetime_s)
+        matches = tagger(master, slave).matches
         for index, key_id in enumerate(key_ids):
-            address = None if document.foreign_for(master) is not None else parse(key_id)
+            address = None if is_foreign else parse(key_id)
+            found: StoredKeyRow | _Addressed | Held
             if address is None:
                 found = self._find_stored(slave, master, key_id)
-                if isinstance(found, StoredKeyRow):
-                    stored[index] = found
-                elif found is Held.ABSENT:
-                    is_denied = True
-                else:
-                    is_unknown = True
-                continue
-            outcome, mismatches = self._find_addressed(document, slave, master, key_id, address)
-            wrong += mismatches
-            if isinstance(outcome, _Addressed):
-                addressed[index] = outcome
-            elif outcome is Held.REDEEMED:
+            else:
+                found, is_wrong = self._find_addressed(homes, matches, key_id, address)
+                wrong += is_wrong
+            if isinstance(found, _Addressed):
+                addressed[index] = found
+            elif isinstance(found, StoredKeyRow):
+                stored[index] = found
+            elif found is Held.REDEEMED:
                 is_unknown = True
             else:
                 is_denied = True
@@ -116,27 +119,31 @@ class Redeemer:
     # finding
 
     def _find_addressed(
-        self, document: NetworkDocument, slave: str, master: str, key_id: bytes, address: KeyAddress
-    ) -> tuple[_Addressed | Held, int]:
-        """Tries every KME that was the master's home within the key lifetime (4.7, 5.1)."""
-        span = Range(address.slot, address.slot + address.slot_count)
-        matches = tagger(master, slave).matches
-        mismatches = 0
-        for source in document.homes_within(master, self._around.now_s(), self._lifetime_s):
-            book = self._reserves.inbound(source, address.epoch)
+        self,
+        homes: Sequence[str],
+        matches: Callable[[bytes, bytes], bool],
+        key_id: bytes,
+        address: KeyAddress,
+    ) -> tuple[_Addressed | Held, bool]:
+        """The slots whose tag part fits, and whether a tag was wrong on slots that are present."""
+        epoch, slot, size_bytes = address
+        span = Range(slot, slot + address.slot_count)
+        is_wrong = False
+        for source in homes:
+            book = self._reserves.inbound(source, epoch)
             if book is None:
                 continue
             state = book.state(span)
-            tag_part = None if state is Held.ABSENT else book.tag_part(address.slot)
+            tag_part = None if state is Held.ABSENT else book.tag_part(slot)
             if tag_part is None:
                 continue
             if not matches(key_id, tag_part):
-                mismatches = 1
-                continue
-            if state is Held.REDEEMED:
-                return state, 0
-            return _Addressed(book, span, address.size_bytes), 0
-        return Held.ABSENT, mismatches
+                is_wrong = True
+            elif state is Held.REDEEMED:
+                return state, False
+            else:
+                return _Addressed(book, span, size_bytes), False
+        return Held.ABSENT, is_wrong
 
     def _find_stored(self, slave: str, master: str, key_id: bytes) -> StoredKeyRow | Held:
         row = self._store.read(lambda tables: tables.keystore.stored_key(master, key_id))
@@ -237,10 +244,13 @@ def _runs(addressed: Iterable[_Addressed]) -> list[_Run]:
 
 def _values(runs: Sequence[_Run], addressed: dict[int, _Addressed]) -> dict[int, bytes]:
     """The key of each address, cut from its run."""
-    starts = {(run.book.reserve_id, slot): run for run in runs for slot in range(run.start, run.stop)}
+    by_book: dict[int, list[_Run]] = {}
+    for run in runs:
+        by_book.setdefault(run.book.reserve_id, []).append(run)
     values = {}
     for index, one in addressed.items():
-        run = starts[one.book.reserve_id, one.span.start]
+        found = by_book[one.book.reserve_id]
+        run = found[bisect_right(found, one.span.start, key=lambda run: run.start) - 1]
         at = (one.span.start - run.start) * KEY_PART_BYTES
         values[index] = run.parts[at : at + one.size_bytes]
     return values

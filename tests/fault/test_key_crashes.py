@@ -20,8 +20,8 @@ from tests.fakes.key_network import LINE, REFILLED, KeyNetwork
 CASES = [
     *(("commit.before", count) for count in (9, 14, 21)),
     *(("commit.after", count) for count in (8, 10, 15, 17, 22, 40)),
-    ("proof.before", 12),
-    ("proof.after", 12),
+    ("proof.before", 4),
+    ("proof.after", 4),
     ("pads.create.before_sync", 2),
     ("pads.create.after", 3),
     ("pads.wipe.after", 4),
