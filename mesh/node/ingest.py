@@ -75,7 +75,7 @@ class IngestSettings:
 
 
 class Ingest:
-    """What both roles share; a link without a source only keeps what is prefilled.
+    """What all roles share; links without a device are fed by ``mesh.node.psrd_link``.
 
     Args:
         link: the link it feeds.
@@ -143,6 +143,14 @@ class Ingest:
     def decided(self) -> Decided:
         """What a leader tells with its offers: below it, every block is decided."""
         return (0, 0)
+
+    def on_filled(self, filled: int) -> None:
+        """An authenticated frame says how far the reader's copy of our outbound lane is filled."""
+        del filled
+
+    def before_hello(self, *, peer_has_material: bool) -> None:
+        """Our hello is due; the peer's greeting says whether it has bytes of our lane."""
+        del peer_has_material
 
     def on_open(self) -> None:
         """Both hellos verified."""
@@ -289,7 +297,7 @@ class BlockLeader(Ingest):
         super().load()
         for end in self._ends():
             for row in self._rows(end):
-                if row.state is BlockState.OFFERED:
+                if row.state is BlockState.OFFERED and len(row.block_id) == blocks.BLOCK_ID_BYTES:
                     self._open[row.block_id] = row
                 elif row.state is BlockState.DISCARDED:
                     self._discarded.append(row.block_id)

@@ -119,15 +119,16 @@ class _Control:
     answers: deque[BlockAnswer] = field(default_factory=deque)
     discarded: deque[bytes] = field(default_factory=deque)
     wants_document: bool = False
+    wants_report: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.offers or self.answers or self.discarded or self.wants_document)
+        return bool(self.offers or self.answers or self.discarded or self.wants_document or self.wants_report)
 
     def clear(self) -> None:
         self.offers.clear()
         self.answers.clear()
         self.discarded.clear()
-        self.wants_document = False
+        self.wants_document = self.wants_report = False
 
 
 class Link:
@@ -153,6 +154,7 @@ class Link:
         self.document = around.document
         self.randomness = around.randomness
         self.now_s = around.now_s
+        self.spawn = around.spawn
         self.alarms = around.alarms
         self.is_dialler = around.own_id < peer
         self.lanes = LinkLanes(
@@ -359,6 +361,8 @@ class Link:
         reader = lanes.rx.lane
         meta.receive_position = reader.reportable
         meta.receive_epoch = reader.epoch
+        meta.receive_filled = reader.filled
+        self._control.wants_report = False
         encoded = meta.SerializeToString()
         if len(encoded) > MAX_META_BYTES + len(meta.network_document):
             raise CallerError("the frame's metadata is too large", facts={"bytes": len(encoded)})
@@ -461,6 +465,7 @@ class Link:
         if meta.receive_epoch == self.lanes.tx.lane.epoch:
             before = self.lanes.tx.lane.reported
             self.lanes.tx.lane.take_report(meta.receive_position)
+            self.ingest.on_filled(meta.receive_filled)
             if self.lanes.tx.lane.reported > before:
                 self.notify()
         if meta.discarded_block_ids:
@@ -516,6 +521,11 @@ class Link:
         if self.frames_can_go and self.stream is not None:
             self._control.discarded.append(block_id)
             self.stream.wake()
+
+    def post_report(self) -> None:
+        """Tell the writer, in the next frame or one of its own, where our copy of its lane ends."""
+        self._control.wants_report = True
+        self.wake_streams()
 
     @property
     def can_offer(self) -> bool:

@@ -243,6 +243,9 @@ class LinkStream:
         """Claim 32 bytes and send the hello; without material or window it waits."""
         lanes = self._link.lanes
         end = lanes.tx
+        theirs = self.theirs
+        if theirs is not None and theirs.receive_epoch == end.lane.epoch:
+            self._link.ingest.before_hello(peer_has_material=not theirs.receive_is_new)
         try:
             while True:
                 lane = end.lane
@@ -272,6 +275,8 @@ class LinkStream:
                 window_bytes=lanes.limits.window_bytes,
             ),
             discarded_block_ids=self._link.discarded_block_ids(),
+            receive_epoch=reader.epoch,
+            receive_filled=reader.filled,
         )
         parts = frames.seal(
             FrameKind.HELLO,
@@ -301,6 +306,8 @@ class LinkStream:
         if theirs is None or not meta.HasField("hello"):
             raise PeerError("a hello frame without a hello")
         hello = _hello_of(frame, meta.hello, theirs.incarnation)
+        if meta.receive_epoch == lanes.tx.lane.epoch:
+            link.ingest.on_filled(meta.receive_filled)
         position = judge(
             hello,
             OurSide(

@@ -21,6 +21,7 @@ from mesh.node.ingest import BlockFollower, BlockLeader, IngestSettings
 from mesh.node.link import Link, LinkSettings, Surroundings
 from mesh.node.link_stream import LinkStream
 from mesh.node.ports import DocumentPort, LinkAlarms, PadRecorder, SharesHandler
+from mesh.node.psrd_link import CourierFed
 from mesh.node.tasks import Background
 from mesh.node.transport import Transport
 from mesh.sources.port import KeySource
@@ -36,9 +37,10 @@ class LinkConfig:
 
     Attributes:
         peer: its KME id.
-        source: this end of the device pair; None when the lanes are prefilled.
+        source: this end of the device pair; None when courier files feed the lanes.
         pool_max_bytes: most unused material per lane; the same at both ends.
         window_bytes: 0 takes W = min(4 MiB, pool / 16).
+        low_water_bytes: of lanes that courier files feed; 0 takes an eighth of the last table.
         redial_min_s, redial_max_s: first and longest pause before dialling again.
         open_timeout_s: given to a stream for its hellos.
         ingest: sizes and times of ingest.
@@ -48,6 +50,7 @@ class LinkConfig:
     source: KeySource | None = None
     pool_max_bytes: int = 64 << 20
     window_bytes: int = 0
+    low_water_bytes: int = 0
     redial_min_s: float = 0.5
     redial_max_s: float = 60.0
     open_timeout_s: float = 10.0
@@ -146,8 +149,11 @@ class LinkPlane:
             config.peer,
             LinkSettings(limits, config.redial_min_s, config.redial_max_s, config.open_timeout_s),
         )
-        role = BlockLeader if link.is_dialler else BlockFollower
-        link.ingest = role(link, config.source, config.ingest)
+        if config.source is None:
+            link.ingest = CourierFed(link, config.ingest, low_water_bytes=config.low_water_bytes)
+        else:
+            role = BlockLeader if link.is_dialler else BlockFollower
+            link.ingest = role(link, config.source, config.ingest)
         return link
 
     @property

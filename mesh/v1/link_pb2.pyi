@@ -143,6 +143,7 @@ class FrameMeta(_message.Message):
     DISCARDED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
     TRANSMIT_DECIDED_BELOW_FIELD_NUMBER: _builtins.int
     RECEIVE_DECIDED_BELOW_FIELD_NUMBER: _builtins.int
+    RECEIVE_FILLED_FIELD_NUMBER: _builtins.int
     receive_position: _builtins.int
     """The sender's position as the reader of the other lane, in bytes."""
     receive_epoch: _builtins.int
@@ -156,6 +157,11 @@ class FrameMeta(_message.Message):
     outbound (inbound) lane are decided, so that a gap below it is a hole.
     """
     receive_decided_below: _builtins.int
+    receive_filled: _builtins.int
+    """How far the sender's copy of the lane it reads is filled, in bytes, in the
+    epoch of receive_epoch; 0 for not said. On a lane that courier files feed,
+    its writer uses no byte of a table before the reader has said so here.
+    """
     @_builtins.property
     def hello(self) -> Global___Hello:
         """Set in the one hello that each end sends per stream."""
@@ -191,10 +197,11 @@ class FrameMeta(_message.Message):
         discarded_block_ids: _abc.Iterable[_builtins.bytes] | None = ...,
         transmit_decided_below: _builtins.int = ...,
         receive_decided_below: _builtins.int = ...,
+        receive_filled: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "discarded_block_ids", b"discarded_block_ids", "hello", b"hello", "network_document", b"network_document", "offers", b"offers", "receive_decided_below", b"receive_decided_below", "receive_epoch", b"receive_epoch", "receive_position", b"receive_position", "shares", b"shares", "transmit_decided_below", b"transmit_decided_below"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "discarded_block_ids", b"discarded_block_ids", "hello", b"hello", "network_document", b"network_document", "offers", b"offers", "receive_decided_below", b"receive_decided_below", "receive_epoch", b"receive_epoch", "receive_filled", b"receive_filled", "receive_position", b"receive_position", "shares", b"shares", "transmit_decided_below", b"transmit_decided_below"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
