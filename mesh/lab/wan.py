@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -166,3 +167,7 @@ def run(config_file: Path) -> int:
             await relay.stop()
 
     return run_process(main, name=f"wan {config_file.stem}", lock_memory=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(Path(sys.argv[1])))
