@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +18,9 @@ from mesh.core.topology import build_graph, routes_for_pair
 from mesh.errors import MeshError, UnavailableError
 from mesh.node.keyplane import DeliveredKeys, KeyPlane
 from mesh.node.keyports import Incarnation, KeyPlaneConfig, Surroundings
+from mesh.node.ports import LinkPlanePort
 from mesh.ops.alarms import Alarms
+from mesh.store.files import OsFiles
 from mesh.store.store import Store
 from mesh.v1.keys_pb2 import KeyByIdRequest, KeyRequest
 from mesh.v1.peer_pb2 import (
@@ -27,7 +31,7 @@ from mesh.v1.peer_pb2 import (
     TransferAnswer,
     TransferQuery,
 )
-from tests.fakes.link_wire import FakeLinks, Wire
+from tests.fakes.link_wire import FakeLinks, Silent, Wire
 
 NO_PREFILL = KeyPlaneConfig(
     access=AccessTable.open(), prefill=False, high_water_bytes=0, low_water_bytes=0, request_timeout_s=3.0
@@ -176,9 +180,7 @@ class KeyNetwork:
         """Starts nodes, all by default."""
         for kme in kmes or tuple(self.sites):
             site = self.sites[kme]
-            proofs = self.root / "proofs"
-            proofs.mkdir(exist_ok=True)
-            store = Store.open(site.path, kme_id=kme, proof_dir=None)
+            store = Store.open(site.path, kme_id=kme, proof_dir=self.proof_dir())
             if is_proven is not None:
                 store.is_proven_restart = is_proven
             incarnation = os.urandom(16)
@@ -194,16 +196,39 @@ class KeyNetwork:
                 around,
                 self.config,
                 store=store,
-                links=self.wire.planes.get(kme) or FakeLinks(self.wire, kme),
+                links=self.links_of(kme, store, incarnation),
                 directory=site.documents,
                 routes=FixedRoutes(kme, site.documents),
                 peers=DirectPeers(self, kme),
                 incarnation=Incarnation(incarnation, store.is_proven_restart),
             )
-            if kme in self.wire.planes:
-                self.wire.planes[kme].handler = plane.shares
-            await plane.start()
             site.store, site.plane = store, plane
+            await plane.start()
+            await self.start_links(kme)
+
+    def proof_dir(self) -> Path | None:
+        """A folder on tmpfs of this network's own; the same for another process on the same root."""
+        shared = Path("/dev/shm")
+        if not OsFiles().is_tmpfs(shared):
+            return None
+        folder = shared / f"keymesh-test-{hashlib.sha256(str(self.root).encode()).hexdigest()[:16]}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def links_of(self, kme: str, store: Store, incarnation: bytes) -> LinkPlanePort:
+        """The links of a node: of the fake wire."""
+        del store, incarnation
+        return self.wire.planes.get(kme) or FakeLinks(self.wire, kme)
+
+    async def start_links(self, kme: str) -> None:
+        """Lets shares arrive."""
+        if kme in self.wire.planes:
+            self.wire.planes[kme].handler = self.plane(kme).shares
+
+    async def stop_links(self, kme: str) -> None:
+        """Lets no more shares arrive."""
+        if kme in self.wire.planes:
+            self.wire.planes[kme].handler = Silent()
 
     async def stop(self, *kmes: str) -> None:
         """Stops nodes, all by default."""
@@ -211,10 +236,14 @@ class KeyNetwork:
             site = self.sites[kme]
             plane, site.plane = site.plane, None
             if plane is not None:
+                await self.stop_links(kme)
                 await plane.stop()
             if site.store is not None:
                 site.store.close()
                 site.store = None
+        proofs = self.proof_dir()
+        if not kmes and proofs is not None:
+            shutil.rmtree(proofs)
 
     async def restart(self, kme: str, *, is_proven: bool = True) -> None:
         """A process restart: proven, or as after a reboot."""
