@@ -1,0 +1,1 @@
+"""Kills under checked traffic: parts that ``make torture`` and the fault tests share."""
