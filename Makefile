@@ -32,6 +32,11 @@ $(VENV)/.dev: $(VENV)/.lab requirements/dev.txt
 	@$(PIP) install --require-hashes -r requirements/dev.txt
 	@touch $@
 
+$(VENV)/.fuzz: $(VENV)/.dev requirements/fuzz.txt
+	@echo "installing what fuzzing needs (locked, with hashes)"
+	@$(PIP) install --require-hashes -r requirements/fuzz.txt
+	@touch $@
+
 .PHONY: setup
 setup: $(VENV)/.lab ## Make .venv from the locked requirements
 
@@ -86,6 +91,13 @@ check: $(VENV)/.dev check-generated ## Generated code, format, lint, types, impo
 .PHONY: test
 test: $(VENV)/.dev ## Every test there is (10 minutes at most)
 	@$(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile tests
+
+.PHONY: fuzz
+fuzz: $(VENV)/.fuzz ## Fuzz every parser, SECONDS each (default 60; FUZZ=name for one of them)
+	@for target in $(or $(FUZZ),$$($(BIN)/python -m tests.fuzz 2>/dev/null)); do echo "fuzz $$target"; \
+	  mkdir -p build/fuzz; $(BIN)/python -m tests.fuzz $$target -max_total_time=$(or $(SECONDS),60) -timeout=10 \
+	    -rss_limit_mb=2048 >build/fuzz/$$target.log 2>&1 || \
+	    { tail -n 40 build/fuzz/$$target.log; exit 1; }; tail -n 1 build/fuzz/$$target.log; done
 
 .PHONY: bench
 bench: $(VENV)/.lab ## Measure against the goals (build/bench/result.json)

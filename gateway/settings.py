@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import yaml
 
 from mesh.client import ConfigError
+from mesh.ops.yamltext import decode_yaml
 
 MAX_FILE_BYTES = 16 * 1024 * 1024
 
@@ -33,16 +33,9 @@ def read_settings(path: Path, kind: type[T]) -> T:
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"the file is larger than {MAX_FILE_BYTES} bytes", facts=facts)
     try:
-        document = yaml.safe_load(data)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        if mark is not None:
-            facts["line"] = mark.line + 1
-        raise ConfigError("the file is not valid YAML", facts=facts) from error
-    except (RecursionError, ValueError) as error:
-        raise ConfigError("the file is not valid YAML", facts=facts) from error
-    try:
-        return msgspec.convert(document, kind)
+        return msgspec.convert(decode_yaml(data), kind)
+    except ConfigError as error:
+        raise ConfigError(f"the file is {error.message}", facts={**facts, **error.facts}) from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"the file does not fit: {_lower_first(str(error))}", facts=facts) from error
 

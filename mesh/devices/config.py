@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import yaml
 
 from mesh.errors import ConfigError
+from mesh.ops.yamltext import decode_yaml
 
 MAX_KEY_BITS = 65536
 """Largest key the device hands out, in bits."""
@@ -104,10 +104,10 @@ def load_config(path: Path) -> DeviceConfig:
         ConfigError: names the file, the field, the problem and the remedy.
     """
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text(encoding="utf-8")), DeviceConfig)
+        return msgspec.convert(decode_yaml(path.read_bytes()), DeviceConfig)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path} is {error.message}", facts=error.facts) from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -40,6 +40,7 @@ from mesh.core.network import NetworkDocument
 from mesh.core.network_parse import parse_document
 from mesh.directory.listeners import Listeners
 from mesh.errors import ConfigError, ErrorReason, IntegrityError, MeshError
+from mesh.ops.yamltext import decode_yaml
 
 MAX_DOCUMENT_BYTES = 1024 * 1024
 """Signed form included: fits a directory entry (etcd takes 1.5 MiB) and a frame between peers."""
@@ -143,9 +144,9 @@ def read_source(data: bytes) -> object:
     if len(data) > MAX_DOCUMENT_BYTES:
         raise _invalid(f"is longer than {MAX_DOCUMENT_BYTES} bytes")
     try:
-        return yaml.load(data, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise _invalid(f"is not valid YAML: {' '.join(str(error).split())[:200]}") from error
+        return decode_yaml(data, loader=_StrictLoader)
+    except ConfigError as error:
+        raise _invalid(f"is {error}") from error
 
 
 def load_private_key(data: bytes) -> Ed25519PrivateKey:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from gateway.config import load_config as load_gateway
 from mesh.devices.config import load_config as load_device
 from mesh.directory.document import is_signed
@@ -14,6 +12,7 @@ from mesh.directory.tool import list_saes
 from mesh.errors import ConfigError
 from mesh.lab.networks import load_network
 from mesh.node.config import load_node_config
+from mesh.ops.yamltext import decode_yaml
 
 _Check = Callable[[Path], object]
 
@@ -41,10 +40,7 @@ def check_file(path: Path) -> str:
     if is_signed(data):
         list_saes(path)
         return "signed network document (the signature is checked by network show)"
-    try:
-        top = msgspec.yaml.decode(data)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"not YAML: {error}") from error
+    top = decode_yaml(data)
     if isinstance(top, dict):
         for field, kind, check in _KINDS:
             if field in top:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import yaml
 
 from mesh.core.network import NetworkDocument
 from mesh.core.network_parse import FORMAT, parse_document
 from mesh.errors import ConfigError
 from mesh.node.config import Limits, Quota, Reserves
+from mesh.ops.yamltext import decode_yaml
 
 _Id = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 _SaeId = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,64}$")]
@@ -180,9 +180,9 @@ def parse_network(text: str, where: str) -> Network:
         ConfigError: names the field, the problem and the remedy.
     """
     try:
-        network = msgspec.convert(yaml.safe_load(text), Network)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"network {where} is not YAML: {error}") from error
+        network = msgspec.convert(decode_yaml(text), Network)
+    except ConfigError as error:
+        raise ConfigError(f"network {where} is {error.message}", facts=error.facts) from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"network {where}: {error}") from error
     try:

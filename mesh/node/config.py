@@ -14,6 +14,7 @@ import msgspec
 
 from mesh.core.names import check_domain_id, check_kme_id
 from mesh.errors import CallerError, ConfigError
+from mesh.ops.yamltext import decode_yaml
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
@@ -181,10 +182,12 @@ def load_yaml(path: Path, kind: type[_T]) -> _T:
         ConfigError: names the file, the field and what is wrong with it.
     """
     try:
-        return msgspec.yaml.decode(path.read_bytes(), type=kind)
+        return msgspec.convert(decode_yaml(path.read_bytes()), kind)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration: {error.strerror}", facts={"file": path}) from error
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except ConfigError as error:
+        raise ConfigError(error.message, facts={**error.facts, "file": path}) from error
+    except msgspec.ValidationError as error:
         raise ConfigError(f"the configuration is not valid: {error}", facts={"file": path}) from error
 
 

@@ -116,5 +116,5 @@ class ProofCopy:
                 return None
             marks = {str(name): tuple(int(part) for part in mark) for name, mark in content["marks"].items()}
             return bytes.fromhex(content["incarnation"]), marks
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return None
