@@ -73,7 +73,7 @@ class Redeemer:
             UnavailableError: the use could not be made durable; nothing was handed out.
         """
         self._check(key_ids)
-        await self._check_budget(slave, master)
+        budget = self._check_budget(slave, master)
         addressed: dict[int, _Addressed] = {}
         stored: dict[int, StoredKeyRow] = {}
         is_unknown = is_denied = False
@@ -91,6 +91,9 @@ class Redeemer:
             else:
                 found, is_wrong = self._find_addressed(homes, matches, key_id, address)
                 wrong += is_wrong
+                if wrong >= budget:
+                    is_denied = True
+                    break
             if isinstance(found, _Addressed):
                 addressed[index] = found
             elif isinstance(found, StoredKeyRow):
@@ -197,23 +200,26 @@ class Redeemer:
 
     # wrong tags
 
-    async def _check_budget(self, slave: str, master: str) -> None:
+    def _check_budget(self, slave: str, master: str) -> int:
+        """Wrong tags that the pair may still send today; raises when none are left."""
         self._turn_day()
         pair = (slave, master)
         count = self._wrong.get(pair)
-        if count is None and len(self._wrong) < _MAX_PAIRS:
+        if count is None:
             day = self._wrong_day
-            count = self._wrong[pair] = self._store.read(
-                lambda tables: tables.wrong_tags.count(slave, master, day)
-            )
-        if count is not None and count >= WRONG_TAGS_PER_DAY:
+            count = self._store.read(lambda tables: tables.wrong_tags.count(slave, master, day))
+            if len(self._wrong) >= _MAX_PAIRS:
+                self._wrong.clear()
+            self._wrong[pair] = count
+        if count >= WRONG_TAGS_PER_DAY:
             raise _denied()
+        return WRONG_TAGS_PER_DAY - count
 
     async def _count_wrong(self, slave: str, master: str, wrong: int) -> None:
-        """Durable before the answer: a restart must not give a prober a fresh budget."""
+        """Counted at once, so that calls side by side share one budget; durable before the answer."""
         day = self._wrong_day
+        self._wrong[slave, master] = self._wrong.get((slave, master), 0) + wrong
         total = await self._store.commit(lambda tables: tables.wrong_tags.add(slave, master, day, wrong))
-        self._wrong[slave, master] = total
         if total >= WRONG_TAGS_PER_DAY:
             self._around.alarms.raise_alarm(
                 f"keys/{slave}/{master}/wrong-tags"[:200],
