@@ -102,11 +102,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Sent:
-    """A data or control frame on the wire: its pad range, the report it carries, its stream."""
+    """A data or control frame on the wire: its pad range and the report it carries."""
 
     span: Range
     report: int
-    stream: int
 
 
 class TwoEnds(RuleBasedStateMachine):
@@ -115,7 +114,6 @@ class TwoEnds(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.numbers = 0
-        self.stream = 0
         self.wire: dict[str, list[Sent]] = {"a": [], "b": []}
         self.snapshots: dict[str, Disk] = {}
 
@@ -140,7 +138,6 @@ class TwoEnds(RuleBasedStateMachine):
         if self.a.is_refused or self.b.is_refused:
             return
         self.a.is_open = self.b.is_open = False
-        self.stream += 1
         first, second = (self.a, self.b) if self._first() else (self.b, self.a)
         known = {node.name: node.disk.peer_incarnation for node in (self.a, self.b)}
         try:
@@ -226,13 +223,17 @@ class TwoEnds(RuleBasedStateMachine):
         name=st.sampled_from("ab"),
         size=st.sampled_from([33, 160, 1000, 2048]),
         is_control=st.booleans(),
-        count=st.integers(1, 8),
+        count=st.integers(1, 12),
+        arriving=st.integers(0, 12),
     )
-    def send(self, name: str, size: int, is_control: bool, count: int) -> None:
+    def send(self, name: str, size: int, is_control: bool, count: int, arriving: int) -> None:
+        """Send up to ``count`` frames; the adversary lets the first ``arriving`` through now."""
         node, _ = self.nodes(name)
+        if not node.is_open:
+            self.opening(0)
         if not node.is_open or node.is_refused:
             return
-        for _ in range(count):
+        for at in range(count):
             try:
                 purpose = Purpose.CONTROL if is_control else Purpose.DATA
                 span = node.burn(32 if is_control else size, purpose)
@@ -240,17 +241,22 @@ class TwoEnds(RuleBasedStateMachine):
                 return
             report = node.rx.reportable
             node.rx.told = report
-            self.wire[name].append(Sent(span, report, self.stream))
+            sent = Sent(span, report)
+            self.wire[name].append(sent)
+            if at < arriving:
+                self._arrive(name, sent)
 
-    @rule(name=st.sampled_from("ab"), at=st.integers(0, 50), keeps=st.booleans())
+    @rule(name=st.sampled_from("ab"), at=st.integers(0, 200))
     @precondition(lambda self: self.wire["a"] or self.wire["b"])
-    def deliver(self, name: str, at: int, keeps: bool) -> None:
-        """Deliver any frame of the present stream or an old one; ``keeps`` replays it later too."""
-        sender, receiver = self.nodes(name)
-        frames = self.wire[name]
-        if not frames or not receiver.is_open or receiver.is_refused:
+    def deliver(self, name: str, at: int) -> None:
+        """Deliver any frame ever sent, of this stream or an older one, again or for the first time."""
+        if self.wire[name]:
+            self._arrive(name, self.wire[name][at % len(self.wire[name])])
+
+    def _arrive(self, name: str, sent: Sent) -> None:
+        _, receiver = self.nodes(name)
+        if not receiver.is_open or receiver.is_refused:
             return
-        sent = frames[at % len(frames)] if keeps else frames.pop(at % len(frames))
         try:
             receiver.rx.check_frame(sent.span)
         except PeerError:
@@ -265,7 +271,6 @@ class TwoEnds(RuleBasedStateMachine):
             receiver.tx.take_report(sent.report)
         except RolledBackError:
             receiver.is_refused = True
-        del sender
 
     @rule(name=st.sampled_from("ab"))
     def lose_all(self, name: str) -> None:
@@ -310,6 +315,17 @@ class TwoEnds(RuleBasedStateMachine):
         self.numbers += 1
         node.boot(self.numbers, is_proven=False)
         other.is_open = False
+
+    @rule(name=st.sampled_from("ab"), count=st.integers(1, 12), restarts=st.integers(0, 1))
+    def held_back_rollback(self, name: str, count: int, restarts: int) -> None:
+        """The attack behind 1.3: hold a stream back, restore the sender, let it open again."""
+        self.snapshot(name)
+        for _ in range(restarts):
+            self.crash(name, True)
+            self.opening(0)
+        self.send(name, 2048, False, count, 0)
+        self.restore(name)
+        self.opening(0)
 
     # -- invariants ---------------------------------------------------------------------
 
