@@ -141,6 +141,7 @@ class LinkPlane:
         )
         self._links = {config.peer: self._make(config) for config in links}
         self._is_stopping = False
+        self._is_loaded = False
 
     def _make(self, config: LinkConfig) -> Link:
         limits = LaneLimits.of(config.pool_max_bytes, config.window_bytes)
@@ -172,6 +173,7 @@ class LinkPlane:
         for link in self._links.values():
             await link.load()
             link.ingest.load()
+        self._is_loaded = True
         refused = self._store.read(self._read_refusals)
         if refused:
             self._refuse(refused[0], RolledBackError("a rollback was revealed before; see the alarm"))
@@ -206,6 +208,8 @@ class LinkPlane:
             raise PeerError("no link that this peer dials", reason=ErrorReason.PEER_REFUSED)
         if self._is_stopping:
             raise UnavailableError("shutting down", reason=ErrorReason.SHUTTING_DOWN)
+        if not self._is_loaded:
+            raise UnavailableError("starting up", retry_after_s=1.0)
         error = await self._serve(link, transport, is_dialler=False)
         if error is not None:
             raise error

@@ -137,6 +137,7 @@ class PsrdTables:
         self._waiting: list[Range] = []
         self._floor = 0
         self._told = 0
+        self._issues = False
         self.reload()
 
     # -- what is here ---------------------------------------------------------------------
@@ -145,6 +146,7 @@ class PsrdTables:
         """Read again which tables of the outbound lane wait for the client."""
         rows = self._rows(self._lanes.tx)
         self._told = 0
+        self._issues = any(row.is_leader for row in rows)
         self._waiting = [Range(row.start, row.stop) for row in rows if row.state is BlockState.OFFERED]
         accepted = [row.stop for row in rows if row.state is BlockState.ACCEPTED]
         self._floor = max(accepted, default=0)
@@ -173,8 +175,10 @@ class PsrdTables:
 
     @property
     def waiting_bytes(self) -> int:
-        """Outbound bytes issued that the client is not known to have."""
-        return sum(len(one) for one in self._waiting)
+        """Outbound bytes issued that are not imported yet, as far as this end knows."""
+        if self._issues:
+            return sum(len(one) for one in self._waiting)
+        return max(0, self._told - self._lanes.tx.lane.filled)
 
     def _rows(self, end: AnyEnd) -> list[BlockRow]:
         return [
@@ -451,6 +455,7 @@ class PsrdTables:
             end.lane.extend(span.stop)
             end.blocks.add(header.table_id + name)
             if is_issued and end.is_outbound:
+                self._issues = True
                 self._waiting.append(span.span)
             else:
                 end.lane.add_material(span.span)
@@ -468,13 +473,13 @@ class PsrdTables:
             Whether tables became usable: make that durable with :meth:`keep_accepted`.
 
         Raises:
-            RolledBackError: it has more than was ever put there: this end is a restored snapshot.
+            RolledBackError: it has more than this end ever issued: this end is a restored snapshot.
             PeerError: it has less than it had: the other end is.
         """
         if filled in (0, self._told):
             return False
         end = self._lanes.tx
-        if filled > end.lane.filled:
+        if self._issues and filled > end.lane.filled:
             raise RolledBackError(
                 "the peer holds tables that this node does not know",
                 facts={"filled": end.lane.filled, "peer_filled": filled},

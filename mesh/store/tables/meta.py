@@ -53,16 +53,19 @@ class Incarnations(Table):
         """Take the id of this start (16 random bytes); prune beyond the newest 1 000.
 
         After an unproven start every lane is unsettled until ``lanes.settle``, and
-        open outbound reserves are closed: their undrawn rest is forfeited (4.6).
+        open outbound reserves are closed: their undrawn rest is forfeited (4.6). At the
+        very first start, lanes that were only filled (couriered before) stay settled
+        like lanes made later: nothing was ever sent from this directory.
         Use ``Store.begin_incarnation``, which knows ``is_proven``.
         """
+        is_first = self._row("SELECT 1 FROM incarnations LIMIT 1") is None
         self._run("INSERT INTO incarnations (id) VALUES (?)", incarnation)
         self._run(
             "DELETE FROM incarnations WHERE number <= (SELECT max(number) FROM incarnations) - ?",
             INCARNATIONS_KEPT,
         )
         if not is_proven:
-            self._run("UPDATE lanes SET is_settled = 0")
+            self._run("UPDATE lanes SET is_settled = 0 WHERE ? = 0 OR mark > 0", int(is_first))
             self._run("UPDATE reserves SET state = 'closed' WHERE is_outbound = 1 AND state = 'open'")
         self._moved.incarnation = incarnation
 
