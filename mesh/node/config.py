@@ -89,7 +89,7 @@ class Device(_Section, frozen=True, kw_only=True):
 
 
 class LinkSection(_Section, frozen=True, kw_only=True):
-    """One neighbour. ``device`` feeds the lanes; both ends name the same cap."""
+    """One neighbour. ``device`` feeds the lanes, or courier files do; both ends name the same cap."""
 
     peer: str
     device: Device | None = None
@@ -97,6 +97,8 @@ class LinkSection(_Section, frozen=True, kw_only=True):
     pool_max_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 64 * 1024 * 1024
     # Receiver's window in bytes; 0 takes min(4 MiB, 1/16 of the pool).
     window_bytes: _Natural = 0
+    # Without a device: alarm when a lane holds less, in bytes; 0 takes an eighth of the last table.
+    low_water_bytes: _Natural = 0
 
 
 class Reserves(_Section, frozen=True, kw_only=True):

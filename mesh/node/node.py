@@ -36,6 +36,7 @@ from mesh.node.keyports import Incarnation, KeyPlaneConfig, Surroundings
 from mesh.node.links import LinkConfig, LinkPlane
 from mesh.node.pad_recorder import JsonlPadRecorder
 from mesh.node.peers import GrpcPeers
+from mesh.node.psrd_desk import PsrdDesk
 from mesh.node.publishing import Publisher
 from mesh.node.routing import DirectoryRoutes
 from mesh.node.services.admin import AdminService
@@ -295,6 +296,7 @@ class Node:
                     source,
                     pool_max_bytes=section.pool_max_bytes,
                     window_bytes=section.window_bytes,
+                    low_water_bytes=section.low_water_bytes,
                     redial_min_s=config.redial_min_s,
                     redial_max_s=config.redial_max_s,
                 )
@@ -352,7 +354,13 @@ class Node:
         self.server.add(add_PeerServicer_to_server, PeerService(self.plane))
         self.server.add(
             add_AdminServicer_to_server,
-            AdminService(plane=self.plane, links=self.links, alarms=self.alarms, node_status=self.status),
+            AdminService(
+                plane=self.plane,
+                links=self.links,
+                psrd=PsrdDesk(self.links.links, self.tasks.spawn),
+                alarms=self.alarms,
+                node_status=self.status,
+            ),
         )
         self.server.add(add_link_service, LinkService(self.links, lambda: caller().id))
         await self.server.start(config.listen.grpc)

@@ -443,3 +443,277 @@ class ResetLinkResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResetLinkResponse: _TypeAlias = ResetLinkResponse  # noqa: Y015
+
+@_typing.final
+class IssuePsrdRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_KME_ID_FIELD_NUMBER: _builtins.int
+    TO_CLIENT_BYTES_FIELD_NUMBER: _builtins.int
+    FROM_CLIENT_BYTES_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    PASSPHRASE_FILE_FIELD_NUMBER: _builtins.int
+    RANDOM_SOURCE_FIELD_NUMBER: _builtins.int
+    peer_kme_id: _builtins.str
+    to_client_bytes: _builtins.int
+    """Bytes for the lane that this node writes, and for the one that the client
+    writes; at least 4096 each.
+    """
+    from_client_bytes: _builtins.int
+    path: _builtins.str
+    """Absolute path of the courier file to make; must not exist."""
+    passphrase_file: _builtins.str
+    """File whose first line is the passphrase; empty for none."""
+    random_source: _builtins.str
+    """"os" or empty, or a device file that is xored with the operating system's."""
+    def __init__(
+        self,
+        *,
+        peer_kme_id: _builtins.str = ...,
+        to_client_bytes: _builtins.int = ...,
+        from_client_bytes: _builtins.int = ...,
+        path: _builtins.str = ...,
+        passphrase_file: _builtins.str = ...,
+        random_source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_client_bytes", b"from_client_bytes", "passphrase_file", b"passphrase_file", "path", b"path", "peer_kme_id", b"peer_kme_id", "random_source", b"random_source", "to_client_bytes", b"to_client_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssuePsrdRequest: _TypeAlias = IssuePsrdRequest  # noqa: Y015
+
+@_typing.final
+class ImportPsrdRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_KME_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    PASSPHRASE_FILE_FIELD_NUMBER: _builtins.int
+    WIPE_COURIER_FILE_FIELD_NUMBER: _builtins.int
+    peer_kme_id: _builtins.str
+    """The hub that issued the file."""
+    path: _builtins.str
+    passphrase_file: _builtins.str
+    wipe_courier_file: _builtins.bool
+    """Overwrite and remove the courier file once its table is durable here."""
+    def __init__(
+        self,
+        *,
+        peer_kme_id: _builtins.str = ...,
+        path: _builtins.str = ...,
+        passphrase_file: _builtins.str = ...,
+        wipe_courier_file: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["passphrase_file", b"passphrase_file", "path", b"path", "peer_kme_id", b"peer_kme_id", "wipe_courier_file", b"wipe_courier_file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportPsrdRequest: _TypeAlias = ImportPsrdRequest  # noqa: Y015
+
+@_typing.final
+class DiscardPsrdRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_KME_ID_FIELD_NUMBER: _builtins.int
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    peer_kme_id: _builtins.str
+    table_id: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        peer_kme_id: _builtins.str = ...,
+        table_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_kme_id", b"peer_kme_id", "table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiscardPsrdRequest: _TypeAlias = DiscardPsrdRequest  # noqa: Y015
+
+@_typing.final
+class PsrdProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    total_bytes: _builtins.int
+    @_builtins.property
+    def table(self) -> Global___PsrdTable:
+        """Set in the last message."""
+
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        table: Global___PsrdTable | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["table", b"table"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "table", b"table", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PsrdProgress: _TypeAlias = PsrdProgress  # noqa: Y015
+
+@_typing.final
+class PsrdTable(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    IS_ISSUED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MADE_AT_S_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    TRANSMIT_START_FIELD_NUMBER: _builtins.int
+    TRANSMIT_STOP_FIELD_NUMBER: _builtins.int
+    RECEIVE_START_FIELD_NUMBER: _builtins.int
+    RECEIVE_STOP_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.bytes
+    """16 bytes."""
+    is_issued: _builtins.bool
+    """Issued by this node, else imported."""
+    state: _builtins.str
+    """"issued" (not known to be imported), "imported", "discarded"."""
+    made_at_s: _builtins.int
+    path: _builtins.str
+    transmit_start: _builtins.int
+    """Lane offsets, in bytes, of the outbound and the inbound lane."""
+    transmit_stop: _builtins.int
+    receive_start: _builtins.int
+    receive_stop: _builtins.int
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.bytes = ...,
+        is_issued: _builtins.bool = ...,
+        state: _builtins.str = ...,
+        made_at_s: _builtins.int = ...,
+        path: _builtins.str = ...,
+        transmit_start: _builtins.int = ...,
+        transmit_stop: _builtins.int = ...,
+        receive_start: _builtins.int = ...,
+        receive_stop: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_issued", b"is_issued", "made_at_s", b"made_at_s", "path", b"path", "receive_start", b"receive_start", "receive_stop", b"receive_stop", "state", b"state", "table_id", b"table_id", "transmit_start", b"transmit_start", "transmit_stop", b"transmit_stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PsrdTable: _TypeAlias = PsrdTable  # noqa: Y015
+
+@_typing.final
+class PsrdStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PsrdStatusRequest: _TypeAlias = PsrdStatusRequest  # noqa: Y015
+
+@_typing.final
+class PsrdLevel(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USABLE_BYTES_FIELD_NUMBER: _builtins.int
+    WAITING_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    SECONDS_TO_EMPTY_FIELD_NUMBER: _builtins.int
+    LOW_WATER_BYTES_FIELD_NUMBER: _builtins.int
+    IS_LOW_FIELD_NUMBER: _builtins.int
+    usable_bytes: _builtins.int
+    waiting_bytes: _builtins.int
+    """Issued by the hub, not imported yet."""
+    bytes_per_s: _builtins.float
+    """Use, smoothed over minutes."""
+    seconds_to_empty: _builtins.float
+    """At that rate; -1 when nothing is used."""
+    low_water_bytes: _builtins.int
+    is_low: _builtins.bool
+    def __init__(
+        self,
+        *,
+        usable_bytes: _builtins.int = ...,
+        waiting_bytes: _builtins.int = ...,
+        bytes_per_s: _builtins.float = ...,
+        seconds_to_empty: _builtins.float = ...,
+        low_water_bytes: _builtins.int = ...,
+        is_low: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "is_low", b"is_low", "low_water_bytes", b"low_water_bytes", "seconds_to_empty", b"seconds_to_empty", "usable_bytes", b"usable_bytes", "waiting_bytes", b"waiting_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PsrdLevel: _TypeAlias = PsrdLevel  # noqa: Y015
+
+@_typing.final
+class PsrdLink(_message.Message):
+    """A link that courier files feed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_KME_ID_FIELD_NUMBER: _builtins.int
+    TRANSMIT_FIELD_NUMBER: _builtins.int
+    RECEIVE_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    peer_kme_id: _builtins.str
+    @_builtins.property
+    def transmit(self) -> Global___PsrdLevel: ...
+    @_builtins.property
+    def receive(self) -> Global___PsrdLevel: ...
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___PsrdTable]:
+        """The latest, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        peer_kme_id: _builtins.str = ...,
+        transmit: Global___PsrdLevel | None = ...,
+        receive: Global___PsrdLevel | None = ...,
+        tables: _abc.Iterable[Global___PsrdTable] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receive", b"receive", "transmit", b"transmit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer_kme_id", b"peer_kme_id", "receive", b"receive", "tables", b"tables", "transmit", b"transmit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PsrdLink: _TypeAlias = PsrdLink  # noqa: Y015
+
+@_typing.final
+class PsrdStatusResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___PsrdLink]: ...
+    def __init__(
+        self,
+        *,
+        links: _abc.Iterable[Global___PsrdLink] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PsrdStatusResponse: _TypeAlias = PsrdStatusResponse  # noqa: Y015

@@ -64,6 +64,26 @@ class AdminStub:
                 request_serializer=mesh_dot_v1_dot_admin__pb2.ResetLinkRequest.SerializeToString,
                 response_deserializer=mesh_dot_v1_dot_admin__pb2.ResetLinkResponse.FromString,
                 _registered_method=True)
+        self.IssuePsrd = channel.unary_stream(
+                '/mesh.v1.Admin/IssuePsrd',
+                request_serializer=mesh_dot_v1_dot_admin__pb2.IssuePsrdRequest.SerializeToString,
+                response_deserializer=mesh_dot_v1_dot_admin__pb2.PsrdProgress.FromString,
+                _registered_method=True)
+        self.ImportPsrd = channel.unary_stream(
+                '/mesh.v1.Admin/ImportPsrd',
+                request_serializer=mesh_dot_v1_dot_admin__pb2.ImportPsrdRequest.SerializeToString,
+                response_deserializer=mesh_dot_v1_dot_admin__pb2.PsrdProgress.FromString,
+                _registered_method=True)
+        self.DiscardPsrd = channel.unary_unary(
+                '/mesh.v1.Admin/DiscardPsrd',
+                request_serializer=mesh_dot_v1_dot_admin__pb2.DiscardPsrdRequest.SerializeToString,
+                response_deserializer=mesh_dot_v1_dot_admin__pb2.PsrdTable.FromString,
+                _registered_method=True)
+        self.GetPsrdStatus = channel.unary_unary(
+                '/mesh.v1.Admin/GetPsrdStatus',
+                request_serializer=mesh_dot_v1_dot_admin__pb2.PsrdStatusRequest.SerializeToString,
+                response_deserializer=mesh_dot_v1_dot_admin__pb2.PsrdStatusResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -108,6 +128,34 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IssuePsrd(self, request, context):
+        """Pre-shared random data, while the node runs. Paths name files local to the
+        node; no table byte and no passphrase ever travels in these messages. The
+        work goes on when the caller goes away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportPsrd(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiscardPsrd(self, request, context):
+        """Gives up the last table issued, whose courier file was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPsrdStatus(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +188,26 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ResetLink,
                     request_deserializer=mesh_dot_v1_dot_admin__pb2.ResetLinkRequest.FromString,
                     response_serializer=mesh_dot_v1_dot_admin__pb2.ResetLinkResponse.SerializeToString,
+            ),
+            'IssuePsrd': grpc.unary_stream_rpc_method_handler(
+                    servicer.IssuePsrd,
+                    request_deserializer=mesh_dot_v1_dot_admin__pb2.IssuePsrdRequest.FromString,
+                    response_serializer=mesh_dot_v1_dot_admin__pb2.PsrdProgress.SerializeToString,
+            ),
+            'ImportPsrd': grpc.unary_stream_rpc_method_handler(
+                    servicer.ImportPsrd,
+                    request_deserializer=mesh_dot_v1_dot_admin__pb2.ImportPsrdRequest.FromString,
+                    response_serializer=mesh_dot_v1_dot_admin__pb2.PsrdProgress.SerializeToString,
+            ),
+            'DiscardPsrd': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiscardPsrd,
+                    request_deserializer=mesh_dot_v1_dot_admin__pb2.DiscardPsrdRequest.FromString,
+                    response_serializer=mesh_dot_v1_dot_admin__pb2.PsrdTable.SerializeToString,
+            ),
+            'GetPsrdStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPsrdStatus,
+                    request_deserializer=mesh_dot_v1_dot_admin__pb2.PsrdStatusRequest.FromString,
+                    response_serializer=mesh_dot_v1_dot_admin__pb2.PsrdStatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +372,114 @@ class Admin:
             '/mesh.v1.Admin/ResetLink',
             mesh_dot_v1_dot_admin__pb2.ResetLinkRequest.SerializeToString,
             mesh_dot_v1_dot_admin__pb2.ResetLinkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssuePsrd(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mesh.v1.Admin/IssuePsrd',
+            mesh_dot_v1_dot_admin__pb2.IssuePsrdRequest.SerializeToString,
+            mesh_dot_v1_dot_admin__pb2.PsrdProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportPsrd(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mesh.v1.Admin/ImportPsrd',
+            mesh_dot_v1_dot_admin__pb2.ImportPsrdRequest.SerializeToString,
+            mesh_dot_v1_dot_admin__pb2.PsrdProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiscardPsrd(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.v1.Admin/DiscardPsrd',
+            mesh_dot_v1_dot_admin__pb2.DiscardPsrdRequest.SerializeToString,
+            mesh_dot_v1_dot_admin__pb2.PsrdTable.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPsrdStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.v1.Admin/GetPsrdStatus',
+            mesh_dot_v1_dot_admin__pb2.PsrdStatusRequest.SerializeToString,
+            mesh_dot_v1_dot_admin__pb2.PsrdStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,15 @@ class AdminStub:
     """Throws a link's lanes away at this end and opens new epochs: the way back
     after the other end lost its disk. Both ends must do it, or be new.
     """
+    IssuePsrd: _grpc.UnaryStreamMultiCallable[_admin_pb2.IssuePsrdRequest, _admin_pb2.PsrdProgress]
+    """Pre-shared random data, while the node runs. Paths name files local to the
+    node; no table byte and no passphrase ever travels in these messages. The
+    work goes on when the caller goes away.
+    """
+    ImportPsrd: _grpc.UnaryStreamMultiCallable[_admin_pb2.ImportPsrdRequest, _admin_pb2.PsrdProgress]
+    DiscardPsrd: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DiscardPsrdRequest, _admin_pb2.PsrdTable]
+    """Gives up the last table issued, whose courier file was lost."""
+    GetPsrdStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PsrdStatusRequest, _admin_pb2.PsrdStatusResponse]
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -57,6 +66,15 @@ class AdminAsyncStub(AdminStub):
     """Throws a link's lanes away at this end and opens new epochs: the way back
     after the other end lost its disk. Both ends must do it, or be new.
     """
+    IssuePsrd: _aio.UnaryStreamMultiCallable[_admin_pb2.IssuePsrdRequest, _admin_pb2.PsrdProgress]  # type: ignore[assignment]
+    """Pre-shared random data, while the node runs. Paths name files local to the
+    node; no table byte and no passphrase ever travels in these messages. The
+    work goes on when the caller goes away.
+    """
+    ImportPsrd: _aio.UnaryStreamMultiCallable[_admin_pb2.ImportPsrdRequest, _admin_pb2.PsrdProgress]  # type: ignore[assignment]
+    DiscardPsrd: _aio.UnaryUnaryMultiCallable[_admin_pb2.DiscardPsrdRequest, _admin_pb2.PsrdTable]  # type: ignore[assignment]
+    """Gives up the last table issued, whose courier file was lost."""
+    GetPsrdStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.PsrdStatusRequest, _admin_pb2.PsrdStatusResponse]  # type: ignore[assignment]
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -104,5 +122,38 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         """Throws a link's lanes away at this end and opens new epochs: the way back
         after the other end lost its disk. Both ends must do it, or be new.
         """
+
+    @_abc_1.abstractmethod
+    def IssuePsrd(
+        self,
+        request: _admin_pb2.IssuePsrdRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.PsrdProgress], _abc.AsyncIterator[_admin_pb2.PsrdProgress]]:
+        """Pre-shared random data, while the node runs. Paths name files local to the
+        node; no table byte and no passphrase ever travels in these messages. The
+        work goes on when the caller goes away.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportPsrd(
+        self,
+        request: _admin_pb2.ImportPsrdRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.PsrdProgress], _abc.AsyncIterator[_admin_pb2.PsrdProgress]]: ...
+
+    @_abc_1.abstractmethod
+    def DiscardPsrd(
+        self,
+        request: _admin_pb2.DiscardPsrdRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PsrdTable, _abc.Awaitable[_admin_pb2.PsrdTable]]:
+        """Gives up the last table issued, whose courier file was lost."""
+
+    @_abc_1.abstractmethod
+    def GetPsrdStatus(
+        self,
+        request: _admin_pb2.PsrdStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PsrdStatusResponse, _abc.Awaitable[_admin_pb2.PsrdStatusResponse]]: ...
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from mesh.errors import CallerError
 from mesh.node.keyplane import KeyPlane
 from mesh.node.ports import LinkPlanePort
+from mesh.node.psrd_desk import PsrdDesk
 from mesh.ops.alarms import Alarms
 from mesh.v1 import admin_pb2 as pb
 from mesh.v1.admin_pb2_grpc import AdminServicer
@@ -18,6 +19,7 @@ class AdminService(AdminServicer):
     Args:
         plane: reserves; None at a hub.
         links: the link plane.
+        psrd: takes orders about pre-shared random data.
         alarms: open alarms.
         node_status: facts that only the node's builder knows; open alarms are filled in here.
     """
@@ -27,11 +29,13 @@ class AdminService(AdminServicer):
         *,
         plane: KeyPlane | None,
         links: LinkPlanePort,
+        psrd: PsrdDesk,
         alarms: Alarms,
         node_status: Callable[[], pb.NodeStatus],
     ) -> None:
         self._plane = plane
         self._links = links
+        self._psrd = psrd
         self._alarms = alarms
         self._node_status = node_status
 
@@ -82,3 +86,25 @@ class AdminService(AdminServicer):
             )
         transmit, receive = await self._links.reset_link(request.peer_kme_id)
         return pb.ResetLinkResponse(transmit_epoch=transmit, receive_epoch=receive)
+
+    async def IssuePsrd(
+        self, request: pb.IssuePsrdRequest, context: object
+    ) -> AsyncIterator[pb.PsrdProgress]:
+        """Makes a table and its courier file."""
+        async for progress in self._psrd.issue(request):
+            yield progress
+
+    async def ImportPsrd(
+        self, request: pb.ImportPsrdRequest, context: object
+    ) -> AsyncIterator[pb.PsrdProgress]:
+        """Takes a courier file's table."""
+        async for progress in self._psrd.take(request):
+            yield progress
+
+    async def DiscardPsrd(self, request: pb.DiscardPsrdRequest, context: object) -> pb.PsrdTable:
+        """Gives up a table whose courier was lost."""
+        return await self._psrd.discard(request)
+
+    async def GetPsrdStatus(self, request: pb.PsrdStatusRequest, context: object) -> pb.PsrdStatusResponse:
+        """Levels and tables of links that courier files feed."""
+        return self._psrd.status()
