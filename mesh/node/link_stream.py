@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
 from mesh.core import frame as frames
 from mesh.core.frame import Frame, FrameKind
-from mesh.core.lane import TAG_KEY_BYTES, Purpose
+from mesh.core.lane import TAG_KEY_BYTES, Purpose, ReaderLane
 from mesh.core.opening import INCARNATION_BYTES, NONCE_BYTES, Hello, OurSide, judge, speaks_first
 from mesh.errors import (
     ErrorReason,
@@ -27,6 +28,7 @@ from mesh.errors import (
     TagMismatchError,
     UnavailableError,
 )
+from mesh.node.lanes import LaneEnd
 from mesh.node.ports import Buffer
 from mesh.node.transport import Transport, unwrap, wrap_frame
 from mesh.store.tables import Tables
@@ -39,8 +41,20 @@ _LOG = logging.getLogger("keymesh.links")
 VERSION = 1
 MAX_OUTBOX_FRAMES = 256
 MAX_OUTBOX_BYTES = 4 << 20
+#: Verified frames that may wait for the mark.
+MAX_VERIFIED = 16
 _PAUSE_S = 0.25
 _LABELS = {FrameKind.HELLO: "hello", FrameKind.DATA: "data", FrameKind.CONTROL: "control"}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Verified:
+    """A frame whose tag fitted and whose bytes wait for the mark on disk."""
+
+    stop: int
+    meta: link_pb2.FrameMeta
+    raw: Buffer
+    plaintext: Buffer
 
 
 class LinkStream:
@@ -66,6 +80,9 @@ class LinkStream:
         self._wake = asyncio.Event()
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
+        self._verified: deque[_Verified] = deque()
+        self._has_verified = asyncio.Event()
+        self._has_room = asyncio.Event()
         self._hello_is_sent = False
         self._our_greeting = b""
         self._their_greeting = b""
@@ -80,7 +97,13 @@ class LinkStream:
             self._greet()
         tasks = [
             asyncio.create_task(work)
-            for work in (self._receive(), self._send(), self._look_after(), self._closing.wait())
+            for work in (
+                self._receive(),
+                self._make_durable(),
+                self._send(),
+                self._look_after(),
+                self._closing.wait(),
+            )
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -389,9 +412,37 @@ class LinkStream:
             await self._on_hello(frame, meta)
             return
         lanes.accepted(frame.span, _LABELS[frame.kind])
-        mark = end.lane.mark_for(frame.span.stop)
-        if mark is not None:
-            await lanes.raise_mark(end, mark)
+        if not self._verified and end.lane.mark_for(frame.span.stop) is None:
+            self._deliver(end, meta, raw, plaintext)
+            return
+        self._verified.append(_Verified(frame.span.stop, meta, raw, plaintext))
+        self._has_verified.set()
+        while len(self._verified) >= MAX_VERIFIED:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    async def _make_durable(self) -> None:
+        """Deliver in order what verified beyond the mark, one commit for all that waits.
+
+        The next frames are verified meanwhile, so that the disk and the processor overlap.
+        """
+        lanes = self._link.lanes
+        while True:
+            if not self._verified:
+                self._has_verified.clear()
+                await self._has_verified.wait()
+            end = lanes.rx
+            mark = end.lane.mark_for(self._verified[-1].stop)
+            if mark is not None:
+                await lanes.raise_mark(end, mark)
+            while self._verified and self._verified[0].stop <= end.lane.mark:
+                one = self._verified.popleft()
+                self._deliver(end, one.meta, one.raw, one.plaintext)
+            self._has_room.set()
+
+    def _deliver(
+        self, end: LaneEnd[ReaderLane], meta: link_pb2.FrameMeta, raw: Buffer, plaintext: Buffer
+    ) -> None:
         self._link.deliver(self, meta, raw, plaintext)
         if end.lane.is_report_due:
             self._wake.set()
