@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LAB_DIR ?= build/lab
 NETWORK ?= metro
 PYTEST_WORKERS ?= 2
+DURATION ?= 60
+SEED ?= 1
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -98,6 +100,10 @@ fuzz: $(VENV)/.fuzz ## Fuzz every parser, SECONDS each (default 60; FUZZ=name fo
 	  mkdir -p build/fuzz; $(BIN)/python -m tests.fuzz $$target -max_total_time=$(or $(SECONDS),60) -timeout=10 \
 	    -rss_limit_mb=2048 >build/fuzz/$$target.log 2>&1 || \
 	    { tail -n 40 build/fuzz/$$target.log; exit 1; }; tail -n 1 build/fuzz/$$target.log; done
+
+.PHONY: torture
+torture: $(VENV)/.lab ## Kill processes at random under checked traffic, then audit (DURATION=seconds SEED=n)
+	@$(BIN)/python -m tests.torture --duration $(DURATION) --seed $(SEED)
 
 .PHONY: bench
 bench: $(VENV)/.lab ## Measure against the goals (build/bench/result.json)

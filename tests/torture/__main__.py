@@ -8,22 +8,18 @@ looking at.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
 import shutil
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mesh.lab import networks
 from tests.torture.history import History
-from tests.torture.kills import Killer, LabUnderTest, plan_rounds
+from tests.torture.kills import Killer, plan_rounds
+from tests.torture.lab import LabUnderTest, write_network
 from tests.torture.leaks import KeySearch, search_files
 from tests.torture.pads import audit_pads
 from tests.torture.traffic import Caller, Traffic, wait_until_healed
@@ -32,17 +28,6 @@ HEAL_TIMEOUT_S = 90.0
 FETCH_TIMEOUT_S = 60.0
 RESERVES = (0, 16_384, 262_144, 4_194_304)
 """High-water marks, in bytes: keys on demand only, refilled all the time, or from the reserve."""
-
-
-def write_network(folder: Path, seed: int) -> Path:
-    """The shipped metro with the pad audit on and a high-water mark that the seed chooses."""
-    shipped = Path(networks.__file__).parent / "networks" / "metro.yaml"
-    source = yaml.safe_load(shipped.read_text(encoding="utf-8"))
-    high = random.Random(f"{seed}/reserves").choice(RESERVES)
-    source |= {"pad_audit": True, "reserves": {"high_water_bytes": high, "prefill": high > 0}}
-    path = folder / "metro.yaml"
-    path.write_text(yaml.safe_dump(source, sort_keys=False), encoding="utf-8")
-    return path
 
 
 class Run:
@@ -72,7 +57,8 @@ class Run:
         """Run all of it; whether nothing was violated."""
         under_test = self._under_test
         try:
-            under_test.up(str(write_network(self._folder, self._seed)))
+            high_water_bytes = random.Random(f"{self._seed}/reserves").choice(RESERVES)
+            under_test.up(str(write_network(self._folder, high_water_bytes=high_water_bytes)))
             lab = under_test.lab
             history = History({sae["id"]: sae["node"] for sae in lab["saes"]})
             killer = Killer(under_test, plan_rounds(lab, self._seed), self.say)
@@ -80,8 +66,8 @@ class Run:
             with Traffic(lab, history, seed=self._seed):
                 killer.run(threading.Event(), time.monotonic() + self._duration_s)
             healed, took_s = self._heal(lab, history)
-            alarms = self._alarms()
-            seen = self._what_others_see(lab)
+            alarms = under_test.alarms_for_operators()
+            seen = self._what_others_see()
         finally:
             under_test.down()
             self._log.close()
@@ -107,24 +93,9 @@ class Run:
             caller.close()
         return True, took_s
 
-    def _alarms(self) -> list[str]:
-        """Alarms that mere kills may not raise: those that wait for the operator."""
-        return [
-            f"{kme}: {alarm['alarm_id']}: {alarm['message']}"
-            for kme, answer in self._under_test.ask("alarms").items()
-            for alarm in answer["alarms"]
-            if alarm["needs_operator"] or alarm["severity"] == "critical"
-        ]
-
-    def _what_others_see(self, lab: dict[str, Any]) -> dict[str, bytes]:
+    def _what_others_see(self) -> dict[str, bytes]:
         """Everything that is not for keys but could hold some, by name."""
-        seen: dict[str, bytes] = {}
-        for entry in lab["nodes"] + lab["gateways"]:
-            with (
-                contextlib.suppress(OSError),
-                urllib.request.urlopen(f"http://{entry['http']}/metrics", timeout=10) as page,
-            ):
-                seen[f"metrics of {entry['id']}"] = page.read()
+        seen = self._under_test.metrics()
         for what in ("status", "links", "reserves", "alarms"):
             seen[what] = json.dumps(self._under_test.ask(what)).encode()
         return seen
@@ -140,7 +111,7 @@ class Run:
         alarms: list[str],
     ) -> None:
         lab = self._folder / "lab"
-        pads = audit_pads(sorted((lab / "audit").glob("*.pads.jsonl")))
+        pads = audit_pads(self._under_test.pad_audits())
         search = KeySearch(history.values)
         leaks = {name: count for name, page in seen.items() if (count := search.count(page))}
         # etcd's own files hold every revision that ever was, so they are more than a dump.

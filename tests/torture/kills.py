@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from mesh.store.failpoints import ALL, VARIABLE
+from mesh.store.failpoints import ALL
+from tests.torture.lab import LabUnderTest, is_alive, pid_of, processes
 
-KEYMESH = [sys.executable, "-m", "mesh.cli"]
 KINDS = {"nodes": 6, "gateways": 2, "devices": 1, "etcd": 1}
 """How often a kind is chosen, in parts."""
 COUNTS = (1, 2, 3, 5, 8, 13, 21, 50, 120)
 """At which passage of a failpoint a process kills itself."""
 FAILPOINT_WAIT_S = 6.0
-_COMMAND_TIMEOUT_S = 90.0
-_UP_TIMEOUT_S = 130.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,103 +58,6 @@ def plan_rounds(lab: Mapping[str, Any], seed: int) -> Iterator[Round]:
         arms = chosen[0] in groups["nodes"] and rng.random() < 0.6
         failpoint = f"{rng.choice(sorted(ALL))}:{rng.choice(COUNTS)}" if arms else ""
         yield Round(rng.uniform(0.2, 3.0), chosen, rng.choice((0.0, rng.uniform(0.0, 4.0))), failpoint)
-
-
-def processes(lab: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Ids of a lab's processes by kind."""
-    found = {kind: [entry["id"] for entry in lab[kind]] for kind in ("nodes", "gateways", "devices")}
-    return found | {"etcd": list(lab["etcd"]["members"])}
-
-
-def pid_of(lab: Mapping[str, Any], process_id: str) -> int:
-    """The pid that ``lab.json`` names."""
-    for kind in ("nodes", "gateways", "devices"):
-        for entry in lab[kind]:
-            if entry["id"] == process_id:
-                return int(entry["pid"])
-    return int(dict(zip(lab["etcd"]["members"], lab["etcd"]["pids"], strict=True))[process_id])
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs: it exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-class LabUnderTest:
-    """A lab that was brought up with the command line, and is killed and restarted.
-
-    Args:
-        folder: the lab's directory.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @property
-    def lab(self) -> dict[str, Any]:
-        """``lab.json`` as it is now."""
-        return dict(json.loads((self.folder / "lab.json").read_text()))
-
-    def up(self, network: str) -> None:
-        """Bring it up.
-
-        Raises:
-            RuntimeError: it did not come up; says why.
-        """
-        done = self.run(
-            "lab", "up", "--network", network, "--dir", str(self.folder), "--detach", timeout_s=130
-        )
-        if done.returncode:
-            raise RuntimeError(f"the lab did not come up: {done.stderr or done.stdout}")
-
-    def down(self) -> None:
-        """Stop whatever runs."""
-        self.run("lab", "down", "--dir", str(self.folder))
-
-    def kill(self, process_id: str) -> int:
-        """Kill with SIGKILL; returns the pid, which is this lab's own by its command line."""
-        pid = pid_of(self.lab, process_id)
-        if is_alive(pid):
-            if process_id.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                raise RuntimeError(f"pid {pid} is not {process_id}")
-            os.kill(pid, signal.SIGKILL)
-        return pid
-
-    def restart(self, *ids: str, failpoint: str = "") -> bool:
-        """``keymesh lab restart``; whether all came up."""
-        environment = dict(os.environ)
-        if failpoint:
-            environment[VARIABLE] = failpoint
-        done = self.run("lab", "restart", "--dir", str(self.folder), *ids, environment=environment)
-        return done.returncode == 0
-
-    def run(
-        self,
-        *words: str,
-        environment: Mapping[str, str] | None = None,
-        timeout_s: float = _COMMAND_TIMEOUT_S,
-    ) -> subprocess.CompletedProcess[str]:
-        """A ``keymesh`` command to its end."""
-        return subprocess.run(
-            [*KEYMESH, *words],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            env=environment,
-        )
-
-    def ask(self, what: str) -> dict[str, Any]:
-        """What operators see: ``status``, ``links``, ``reserves`` or ``alarms``, by node that answers."""
-        return dict(json.loads(self.run(what, "--lab", str(self.folder), "--json").stdout or "{}"))
-
-    def dead(self) -> list[str]:
-        """Ids of processes that do not run."""
-        lab = self.lab
-        return [one for group in processes(lab).values() for one in group if not is_alive(pid_of(lab, one))]
 
 
 class Killer:
