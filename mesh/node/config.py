@@ -202,7 +202,15 @@ def load_node_config(path: Path) -> NodeConfig:
     Raises:
         ConfigError: names the file and the field.
     """
-    config = load_yaml(path, NodeConfig)
+    return checked(load_yaml(path, NodeConfig), path)
+
+
+def checked(config: NodeConfig, path: Path) -> NodeConfig:
+    """Check what must hold together and make every path absolute, from the file's own folder.
+
+    Raises:
+        ConfigError: names the file and the field.
+    """
     try:
         check_kme_id(config.kme_id, field="kme_id")
         check_domain_id(config.domain_id, field="domain_id")

@@ -202,20 +202,22 @@ class Node:
         self.incarnation = secrets.token_bytes(16)
 
     @classmethod
-    @contextlib.asynccontextmanager
-    async def running(cls, config: NodeConfig) -> AsyncIterator[Node]:
+    def running(cls, config: NodeConfig) -> contextlib.AbstractAsyncContextManager[Node]:
         """Start a node, and stop it in the reverse order.
 
         Raises:
             ConfigError: something configured is unusable; says what.
             MeshError: the store cannot be opened, or an address not bound.
         """
-        node = cls(config)
+        return cls(config)._running()
+
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[Node]:
         async with contextlib.AsyncExitStack() as stack:
-            await node._start(stack)
-            yield node
-            node.is_stopping = True
-            await node.server.set_serving(False)
+            await self._start(stack)
+            yield self
+            self.is_stopping = True
+            await self.server.set_serving(False)
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         config = self.config
@@ -248,8 +250,7 @@ class Node:
 
         await self.directory.start()
         stack.push_async_callback(self.directory.stop)
-        await self.plane.start()
-        stack.push_async_callback(self.plane.stop)
+        await self._start_plane(stack)
         await self.links.start()
         stack.push_async_callback(self.links.stop)
         self.publisher = Publisher(
@@ -261,7 +262,7 @@ class Node:
             address=config.advertise or config.listen.grpc,
             role=self.identity.role,
             incarnation=self.incarnation,
-            reserves=self.plane.reserve_levels,
+            reserves=self._reserve_levels,
         )
         self.tasks.spawn(self.publisher.run())
         self.tasks.spawn(self._sample(Path(config.tls.cert)))
@@ -336,6 +337,17 @@ class Node:
         )
         self.links.handler = self.plane.shares
 
+    async def _start_plane(self, stack: contextlib.AsyncExitStack) -> None:
+        await self.plane.start()
+        stack.push_async_callback(self.plane.stop)
+
+    def _reserve_levels(self) -> dict[str, int]:
+        return self.plane.reserve_levels()
+
+    def _key_plane(self) -> KeyPlane | None:
+        """What ends routes here; a hub has none."""
+        return self.plane
+
     async def _start_server(self, files: TlsFiles, stack: contextlib.AsyncExitStack) -> None:
         config = self.config
         audit = None
@@ -343,19 +355,21 @@ class Node:
             audit = AuditLog(Path(config.audit_log))
             stack.callback(audit.close)
         self.server = RpcServer(self.identity, files, metrics=self.metrics)
-        self.server.add(
-            add_KeyDeliveryServicer_to_server,
-            KeyDeliveryService(
-                self.plane,
-                staleness_s=self.directory.staleness_s,
-                audit=None if audit is None else audit.record_all,
-            ),
-        )
-        self.server.add(add_PeerServicer_to_server, PeerService(self.plane))
+        plane = self._key_plane()
+        if plane is not None:
+            self.server.add(
+                add_KeyDeliveryServicer_to_server,
+                KeyDeliveryService(
+                    plane,
+                    staleness_s=self.directory.staleness_s,
+                    audit=None if audit is None else audit.record_all,
+                ),
+            )
+            self.server.add(add_PeerServicer_to_server, PeerService(plane))
         self.server.add(
             add_AdminServicer_to_server,
             AdminService(
-                plane=self.plane,
+                plane=plane,
                 links=self.links,
                 psrd=PsrdDesk(self.links.links, self.tasks.spawn),
                 alarms=self.alarms,
@@ -376,7 +390,7 @@ class Node:
 
     async def _sample(self, cert: Path) -> None:
         telemetry = Telemetry(
-            self.metrics, links=self.links, plane=self.plane, directory=self.directory, cert=cert
+            self.metrics, links=self.links, plane=self._key_plane(), directory=self.directory, cert=cert
         )
         while True:
             telemetry.sample()
