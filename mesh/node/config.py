@@ -51,7 +51,6 @@ class Etcd(_Section, frozen=True, kw_only=True):
     key: str | None = None
     username: str | None = None
     password_file: str | None = None
-    prefix: str | None = None
     lease_ttl_s: Annotated[int, msgspec.Meta(ge=2, le=600)] = 10
 
 
