@@ -26,6 +26,13 @@ ADMITTED: Mapping[str, frozenset[Role]] = {
     "/mesh.v1.KeyDelivery/GetKeys": _GATEWAY,
     "/mesh.v1.KeyDelivery/GetKeysById": _GATEWAY,
     "/mesh.v1.KeyDelivery/WatchLevels": _READERS,
+    # And only gateways that the node's configuration names as border.
+    "/mesh.v1.Border/ImportKeys": _GATEWAY,
+    "/mesh.v1.Border/AckKeys": _GATEWAY,
+    "/mesh.v1.Border/VoidKeys": _GATEWAY,
+    "/mesh.v1.Border/HoldsKeys": _GATEWAY,
+    "/mesh.v1.Border/LeaseJobs": _GATEWAY,
+    "/mesh.v1.Border/CompleteJob": _GATEWAY,
     "/mesh.v1.Admin/GetNodeStatus": _TOOL,
     "/mesh.v1.Admin/ListLinks": _TOOL,
     "/mesh.v1.Admin/ListReserves": _TOOL,

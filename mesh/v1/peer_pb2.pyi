@@ -240,21 +240,27 @@ class DepositResponse(_message.Message):
 
     ANSWER_FIELD_NUMBER: _builtins.int
     TAG_FIELD_NUMBER: _builtins.int
+    IS_PENDING_FIELD_NUMBER: _builtins.int
     answer: _builtins.bytes
     """A serialised SealedAnswer, in clear: it holds nothing secret."""
     tag: _builtins.bytes
     """One-time tag over job id and answer, under the key part of the message's
     first slot (raw pad, so nothing is sent for it). Stored and resent as is.
     """
+    is_pending: _builtins.bool
+    """The message is applied and its answer not known yet: ask again. Not
+    authenticated: it can only cost time.
+    """
     def __init__(
         self,
         *,
         answer: _builtins.bytes = ...,
         tag: _builtins.bytes = ...,
+        is_pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "tag", b"tag"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "is_pending", b"is_pending", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -270,6 +276,8 @@ class SealedMessage(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     VOID_KEYS_FIELD_NUMBER: _builtins.int
     OPEN_EPOCH_FIELD_NUMBER: _builtins.int
+    EXPORT_KEYS_FIELD_NUMBER: _builtins.int
+    RECALL_KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def retire(self) -> Global___Retire: ...
     @_builtins.property
@@ -278,6 +286,10 @@ class SealedMessage(_message.Message):
     def void_keys(self) -> Global___VoidKeys: ...
     @_builtins.property
     def open_epoch(self) -> Global___OpenEpoch: ...
+    @_builtins.property
+    def export_keys(self) -> Global___ExportKeys: ...
+    @_builtins.property
+    def recall_keys(self) -> Global___RecallKeys: ...
     def __init__(
         self,
         *,
@@ -285,12 +297,14 @@ class SealedMessage(_message.Message):
         keys: Global___KeyDeposit | None = ...,
         void_keys: Global___VoidKeys | None = ...,
         open_epoch: Global___OpenEpoch | None = ...,
+        export_keys: Global___ExportKeys | None = ...,
+        recall_keys: Global___RecallKeys | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "keys", b"keys", "open_epoch", b"open_epoch", "retire", b"retire", "void_keys", b"void_keys"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "export_keys", b"export_keys", "keys", b"keys", "open_epoch", b"open_epoch", "recall_keys", b"recall_keys", "retire", b"retire", "void_keys", b"void_keys"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "keys", b"keys", "open_epoch", b"open_epoch", "retire", b"retire", "void_keys", b"void_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "export_keys", b"export_keys", "keys", b"keys", "open_epoch", b"open_epoch", "recall_keys", b"recall_keys", "retire", b"retire", "void_keys", b"void_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["retire", "keys", "void_keys", "open_epoch"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["retire", "keys", "void_keys", "open_epoch", "export_keys", "recall_keys"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -332,6 +346,8 @@ class KeyDeposit(_message.Message):
     EXPIRES_AT_S_FIELD_NUMBER: _builtins.int
     ORIGIN_DOMAIN_ID_FIELD_NUMBER: _builtins.int
     GRADE_FIELD_NUMBER: _builtins.int
+    GIVE_UP_S_FIELD_NUMBER: _builtins.int
+    EXTENSION_OPTIONAL_FIELD_NUMBER: _builtins.int
     master_sae_id: _builtins.str
     expires_at_s: _builtins.int
     """Seconds since the epoch after which the target may drop them."""
@@ -339,6 +355,12 @@ class KeyDeposit(_message.Message):
     """Room for borders: the domain that the keys came from, empty if ours."""
     grade: _builtins.str
     """The grade under which the keys were made."""
+    give_up_s: _builtins.float
+    """Foreign slaves behind the target's border: it answers only once they are
+    acknowledged, and gives up after this many seconds.
+    """
+    extension_optional: _builtins.bytes
+    """JSON object of an optional extension that came with them, passed on unchanged."""
     @_builtins.property
     def slave_sae_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -352,10 +374,12 @@ class KeyDeposit(_message.Message):
         expires_at_s: _builtins.int = ...,
         origin_domain_id: _builtins.str = ...,
         grade: _builtins.str = ...,
+        give_up_s: _builtins.float = ...,
+        extension_optional: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at_s", b"expires_at_s", "grade", b"grade", "keys", b"keys", "master_sae_id", b"master_sae_id", "origin_domain_id", b"origin_domain_id", "slave_sae_ids", b"slave_sae_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at_s", b"expires_at_s", "extension_optional", b"extension_optional", "give_up_s", b"give_up_s", "grade", b"grade", "keys", b"keys", "master_sae_id", b"master_sae_id", "origin_domain_id", b"origin_domain_id", "slave_sae_ids", b"slave_sae_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,17 +391,21 @@ class StoredKey(_message.Message):
 
     KEY_ID_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
+    EXTENSION_FIELD_NUMBER: _builtins.int
     key_id: _builtins.bytes
     value: _builtins.bytes
+    extension: _builtins.bytes
+    """JSON object of the key's own extension, passed on unchanged."""
     def __init__(
         self,
         *,
         key_id: _builtins.bytes = ...,
         value: _builtins.bytes = ...,
+        extension: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extension", b"extension", "key_id", b"key_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -385,6 +413,73 @@ Global___StoredKey: _TypeAlias = StoredKey  # noqa: Y015
 
 @_typing.final
 class VoidKeys(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MASTER_SAE_ID_FIELD_NUMBER: _builtins.int
+    KEY_IDS_FIELD_NUMBER: _builtins.int
+    REPORTS_FIELD_NUMBER: _builtins.int
+    master_sae_id: _builtins.str
+    reports: _builtins.bool
+    """Answer once each key is voided or cannot be, and name the latter. A key that
+    was delivered stays. Without it the target only takes the duty over.
+    """
+    @_builtins.property
+    def key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        master_sae_id: _builtins.str = ...,
+        key_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        reports: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_ids", b"key_ids", "master_sae_id", b"master_sae_id", "reports", b"reports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VoidKeys: _TypeAlias = VoidKeys  # noqa: Y015
+
+@_typing.final
+class ExportKeys(_message.Message):
+    """Keys drawn towards a border, for a slave behind it: the border redeems them,
+    hands them over, and answers only once they are acknowledged.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MASTER_SAE_ID_FIELD_NUMBER: _builtins.int
+    SLAVE_SAE_ID_FIELD_NUMBER: _builtins.int
+    KEY_IDS_FIELD_NUMBER: _builtins.int
+    GIVE_UP_S_FIELD_NUMBER: _builtins.int
+    master_sae_id: _builtins.str
+    slave_sae_id: _builtins.str
+    give_up_s: _builtins.float
+    """The border gives up after this many seconds."""
+    @_builtins.property
+    def key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        master_sae_id: _builtins.str = ...,
+        slave_sae_id: _builtins.str = ...,
+        key_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        give_up_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["give_up_s", b"give_up_s", "key_ids", b"key_ids", "master_sae_id", b"master_sae_id", "slave_sae_id", b"slave_sae_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportKeys: _TypeAlias = ExportKeys  # noqa: Y015
+
+@_typing.final
+class RecallKeys(_message.Message):
+    """A border asks where exported keys came from to take them back: the other side
+    does not have them any more. The answer names those that were handed out.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MASTER_SAE_ID_FIELD_NUMBER: _builtins.int
@@ -404,7 +499,7 @@ class VoidKeys(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___VoidKeys: _TypeAlias = VoidKeys  # noqa: Y015
+Global___RecallKeys: _TypeAlias = RecallKeys  # noqa: Y015
 
 @_typing.final
 class OpenEpoch(_message.Message):
@@ -438,6 +533,7 @@ class SealedAnswer(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     PROVEN_FIELD_NUMBER: _builtins.int
     LINEAGE_FIELD_NUMBER: _builtins.int
+    FAILED_KEY_IDS_FIELD_NUMBER: _builtins.int
     applied: _builtins.bool
     """True: applied now or before."""
     reason: _builtins.str
@@ -449,6 +545,10 @@ class SealedAnswer(_message.Message):
     """The incarnation of the target's latest unproven start, 16 bytes: shows it
     also to a source that missed some restarts.
     """
+    @_builtins.property
+    def failed_key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """With applied, for messages that ask: the keys for which it could not be done."""
+
     def __init__(
         self,
         *,
@@ -457,10 +557,11 @@ class SealedAnswer(_message.Message):
         incarnation: _builtins.bytes = ...,
         proven: _builtins.bool = ...,
         lineage: _builtins.bytes = ...,
+        failed_key_ids: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "incarnation", b"incarnation", "lineage", b"lineage", "proven", b"proven", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "failed_key_ids", b"failed_key_ids", "incarnation", b"incarnation", "lineage", b"lineage", "proven", b"proven", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,7 +69,7 @@ class PeerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Deposit(self, request, context):
-        """A sealed message (keys, retire, void, epoch). Roles admitted: node.
+        """A sealed message (keys, retire, void, epoch, export, recall). Roles admitted: node.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class PeerStub:
     QueryTransfer: _grpc.UnaryUnaryMultiCallable[_peer_pb2.TransferQuery, _peer_pb2.TransferAnswer]
     """What became of a transfer. Roles admitted: node."""
     Deposit: _grpc.UnaryUnaryMultiCallable[_peer_pb2.DepositRequest, _peer_pb2.DepositResponse]
-    """A sealed message (keys, retire, void, epoch). Roles admitted: node."""
+    """A sealed message (keys, retire, void, epoch, export, recall). Roles admitted: node."""
 
 @_typing.type_check_only
 class PeerAsyncStub(PeerStub):
@@ -48,7 +48,7 @@ class PeerAsyncStub(PeerStub):
     QueryTransfer: _aio.UnaryUnaryMultiCallable[_peer_pb2.TransferQuery, _peer_pb2.TransferAnswer]  # type: ignore[assignment]
     """What became of a transfer. Roles admitted: node."""
     Deposit: _aio.UnaryUnaryMultiCallable[_peer_pb2.DepositRequest, _peer_pb2.DepositResponse]  # type: ignore[assignment]
-    """A sealed message (keys, retire, void, epoch). Roles admitted: node."""
+    """A sealed message (keys, retire, void, epoch, export, recall). Roles admitted: node."""
 
 class PeerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -73,6 +73,6 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         request: _peer_pb2.DepositRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.DepositResponse, _abc.Awaitable[_peer_pb2.DepositResponse]]:
-        """A sealed message (keys, retire, void, epoch). Roles admitted: node."""
+        """A sealed message (keys, retire, void, epoch, export, recall). Roles admitted: node."""
 
 def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

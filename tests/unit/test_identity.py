@@ -10,7 +10,7 @@ from mesh.ops.denylist import DenyList
 from mesh.pki.authority import Authority, Credential, Pki
 from mesh.rpc.identity import Identity, PeerReader, Role, identity_of, parse_identity
 from mesh.rpc.roles import ADMITTED, require_admitted
-from mesh.v1 import admin_pb2, keys_pb2, link_pb2, peer_pb2
+from mesh.v1 import admin_pb2, border_pb2, keys_pb2, link_pb2, peer_pb2
 
 URI = "keymesh://metro/node/kme-a"
 
@@ -129,7 +129,7 @@ def test_reader_refuses_other_domains_strangers_and_the_expired(pki: Pki) -> Non
 def test_every_method_of_ours_is_in_the_table() -> None:
     methods = {
         f"/{service.full_name}/{method.name}"
-        for file in (admin_pb2, keys_pb2, link_pb2, peer_pb2)
+        for file in (admin_pb2, border_pb2, keys_pb2, link_pb2, peer_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
