@@ -10,6 +10,7 @@ from mesh.devices.config import load_config as load_device
 from mesh.directory.document import is_signed
 from mesh.directory.tool import list_saes
 from mesh.errors import ConfigError
+from mesh.hub.config import load_hub_config
 from mesh.lab.networks import load_network
 from mesh.node.config import load_node_config
 from mesh.ops.yamltext import decode_yaml
@@ -21,6 +22,7 @@ _KINDS: tuple[tuple[str, str, _Check], ...] = (
     ("gateway_id", "gateway configuration", load_gateway),
     ("device_id", "device configuration", load_device),
     ("kme_id", "node configuration", load_node_config),
+    ("hub_id", "hub configuration", load_hub_config),
     ("format", "network document (unsigned)", list_saes),
     ("nodes", "lab network", lambda path: load_network(str(path))),
 )
@@ -47,6 +49,6 @@ def check_file(path: Path) -> str:
                 check(path)
                 return kind
     raise ConfigError(
-        "no kind of file that keymesh knows: a node has kme_id, a gateway gateway_id, a device device_id, "
-        "a network document format, a lab network nodes"
+        "no kind of file that keymesh knows: a node has kme_id, a hub hub_id, a gateway gateway_id, a device "
+        "device_id, a network document format, a lab network nodes"
     )

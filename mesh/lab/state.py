@@ -28,7 +28,19 @@ from mesh.store import proof
 from mesh.store.files import OsFiles
 
 OWN_ENTRIES = frozenset(
-    {"lab.json", "processes.json", ".lock", "pki", "config", "data", "etcd", "log", "audit", "network"}
+    {
+        "lab.json",
+        "processes.json",
+        ".lock",
+        "pki",
+        "config",
+        "courier",
+        "data",
+        "etcd",
+        "log",
+        "audit",
+        "network",
+    }
 )
 """What the lab writes in its directory; a start replaces just these."""
 
@@ -44,6 +56,7 @@ class LabDirectory:
         self.root = root.resolve()
         self.pki = self.root / "pki"
         self.config = self.root / "config"
+        self.courier = self.root / "courier"
         self.data = self.root / "data"
         self.etcd = self.root / "etcd"
         self.log = self.root / "log"

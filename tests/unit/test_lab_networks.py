@@ -33,7 +33,7 @@ def test_shipped_networks_load_and_make_a_valid_document(name: str) -> None:
     network = load_network(name)
     document = network.document()
     assert document.domain_id == network.domain
-    assert set(document.nodes) == {node.id for node in network.nodes}
+    assert set(document.nodes) == set(network.members)
 
 
 def test_metro_is_the_papers_toronto() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import ConfigError, UnavailableError
+from mesh.lab.ground import clear_directory
 from mesh.lab.measure import Stopwatch, summarise
-from mesh.lab.plan import clear_directory
 from mesh.lab.processes import Process, stop_all
 from mesh.lab.state import LabDirectory, put_pid
 
