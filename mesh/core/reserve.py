@@ -342,10 +342,10 @@ class InboundReserve:
         (self._keys if kind is SlotKind.KEYS else self._sealed).add(span)
 
     def restore_used(self, spans: Iterable[Range]) -> None:
-        """Brings the used set back at start-up."""
+        """Adds to the used set what the disk knows as used."""
         for span in spans:
             self._used.add(span)
-            self._used_slots += span.stop - span.start
+        self._used_slots = self._used.total
         self._forget_tags()
 
     # redeeming

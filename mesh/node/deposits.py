@@ -19,6 +19,7 @@ from mesh.errors import ErrorReason, PeerError, ShortageError, TagMismatchError
 from mesh.node.inbound import InboundBook
 from mesh.node.keyports import DocumentView, Incarnation, Surroundings
 from mesh.node.reserves import Reserves
+from mesh.node.tasks import unbroken
 from mesh.store.store import Store
 from mesh.store.tables import KeyState, StoredKeyRow, Tables
 from mesh.v1.peer_pb2 import (
@@ -103,6 +104,12 @@ class InboundDeposits:
         self._check_failed_tags(request.source_kme_id)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._busy[busy_key] = done
+        # A caller that hangs up must not leave slots free that the commit uses up.
+        return await unbroken(self._apply_alone(request, busy_key, done))
+
+    async def _apply_alone(
+        self, request: DepositRequest, busy_key: tuple[str, bytes], done: asyncio.Future[None]
+    ) -> DepositResponse:
         try:
             return await self._apply(request)
         finally:

@@ -150,6 +150,10 @@ class InboundBook:
 
         return change
 
+    def reload_used(self) -> None:
+        """Takes over the disk's word on what is used: it outranks memory's."""
+        self.slots.restore_used(self._store.read(lambda tables: tables.slots.used_ranges(self.reserve_id)))
+
     def wipe(self, spans: Iterable[Range]) -> None:
         """After the commit: overwrites the key parts of used slots; drops appends no longer needed."""
         for span in spans:

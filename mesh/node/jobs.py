@@ -19,7 +19,7 @@ from mesh.node.establish import Establisher, Order
 from mesh.node.keyports import PeerCaller, Surroundings
 from mesh.node.outbound import OutboundBook
 from mesh.node.reserves import Reserves
-from mesh.node.tasks import Background
+from mesh.node.tasks import Background, unbroken
 from mesh.store.store import Store
 from mesh.store.tables import JobRow, Tables
 from mesh.v1.peer_pb2 import DepositRequest, DepositResponse, OpenEpoch, SealedAnswer, SealedMessage
@@ -110,6 +110,10 @@ class Jobs:
         """Makes a message durable and starts sending it; does not wait for the answer."""
         body = message.SerializeToString()
         book, span = await self._slots(peer, slots_needed(len(body)), timeout_s)
+        # Once queued the job may become durable: then it is sent, whoever still waits.
+        return await unbroken(self._seal(peer, body, book, span))
+
+    async def _seal(self, peer: str, body: bytes, book: OutboundBook, span: Range) -> _Job:
         tags, keys = book.sealed_parts(span)
         using = book.using_sealed(span)
         job_id = self._around.randomness(16)

@@ -18,7 +18,7 @@ from mesh.node.jobs import Jobs
 from mesh.node.keyports import Surroundings
 from mesh.node.ports import LinkPlanePort
 from mesh.node.supply import Keys, Supply
-from mesh.node.tasks import Background
+from mesh.node.tasks import Background, unbroken
 from mesh.store.store import Store
 from mesh.store.tables import StoredKeyRow, Tables
 from mesh.v1.peer_pb2 import KeyDeposit, SealedAnswer, SealedMessage, StoredKey, VoidKeys
@@ -69,8 +69,22 @@ class StoredKeys:
 
         Raises:
             ShortageError, UnavailableError, PeerError: not all targets took the keys; those that
-                did are told to void them.
+                did are told to void them. A caller that gives up first changes nothing about it.
         """
+        return await unbroken(
+            self._create(master, slaves, number, size_bytes, timeout_s=timeout_s, request_id=request_id)
+        )
+
+    async def _create(
+        self,
+        master: str,
+        slaves: Mapping[str, Sequence[str]],
+        number: int,
+        size_bytes: int,
+        *,
+        timeout_s: float,
+        request_id: str,
+    ) -> tuple[Keys, str]:
         deadline = self._around.monotonic_s() + timeout_s
         remote = sorted(kme for kme in slaves if kme != self._around.own_id)
         if remote:

@@ -6,6 +6,7 @@ before the answer) and the reading side of 4.7 and 4.9. Answers never say which 
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,6 @@ class Redeemer:
     ) -> tuple[Keys, str]:
         runs = _runs(addressed.values())
         taken: list[_Run] = []
-        is_durable = False
         try:
             for run in runs:
                 try:
@@ -188,15 +188,32 @@ class Redeemer:
                 for index in stored:
                     tables.keystore.mark_delivered(master, key_ids[index], slave)
 
-            await self._store.commit(change)
-            is_durable = True
-        finally:
-            for run in taken:
-                run.book.slots.settle([run.span], is_durable=is_durable)
-        for run in taken:
-            run.book.wipe([run.span])
+            committed = self._store.commit_soon(change)
+        except BaseException:
+            _settle(taken, is_durable=False)
+            raise
+        # The use may become durable although our caller gave up: its outcome settles the slots,
+        # not our life (4.4: a key whose answer was lost counts as handed out).
+        committed.add_done_callback(lambda done: self._committed(taken, done))
+        try:
+            await asyncio.shield(committed)
+        except CallerError as exc:
+            raise _unknown() from exc
         grades = [one.book.grade for one in addressed.values()] + [row.grade for row in stored.values()]
         return [(key_id, values[index]) for index, key_id in enumerate(key_ids)], grades[0]
+
+    @staticmethod
+    def _committed(taken: Sequence[_Run], done: asyncio.Future[None]) -> None:
+        """The disk has answered: used for ever, or free again."""
+        error = done.exception()
+        _settle(taken, is_durable=error is None)
+        if error is None:
+            for run in taken:
+                run.book.wipe([run.span])
+        elif isinstance(error, CallerError):
+            # A commit that was reported as failed did reach the disk (a proof copy could not be written).
+            for book in {run.book.reserve_id: run.book for run in taken}.values():
+                book.reload_used()
 
     # wrong tags
 
@@ -260,6 +277,11 @@ def _values(runs: Sequence[_Run], addressed: dict[int, _Addressed]) -> dict[int,
         at = (one.span.start - run.start) * KEY_PART_BYTES
         values[index] = run.parts[at : at + one.size_bytes]
     return values
+
+
+def _settle(taken: Sequence[_Run], *, is_durable: bool) -> None:
+    for run in taken:
+        run.book.slots.settle([run.span], is_durable=is_durable)
 
 
 def _denied() -> NotAuthorizedError:

@@ -14,6 +14,7 @@ from mesh.core.reserve import next_epoch
 from mesh.core.transfer import MAX_SLOT
 from mesh.node.inbound import InboundBook
 from mesh.node.outbound import OutboundBook
+from mesh.node.tasks import unbroken
 from mesh.store.store import Store
 from mesh.store.tables import ReserveRow, ReserveState, Tables
 
@@ -140,6 +141,9 @@ class Reserves:
         Raises:
             IntegrityError: the epoch was used before.
         """
+        return await unbroken(self._open_outbound(peer, epoch, grade))
+
+    async def _open_outbound(self, peer: str, epoch: int, grade: str) -> OutboundBook:
         row = await self._store.commit(
             lambda tables: tables.reserves.open(self._own_id, peer, epoch, grade, is_outbound=True)
         )

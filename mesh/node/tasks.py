@@ -5,11 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from mesh.errors import MeshError
 
+T = TypeVar("T")
+
 _LOG = logging.getLogger("keymesh.tasks")
+
+
+async def unbroken(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits ``work``, which goes on to its end when the caller is cancelled meanwhile.
+
+    A commit that was queued may become durable although nobody waits for it any more; what
+    follows it in memory must then happen too, or memory and disk tell different stories. Give it
+    only work whose every wait ends by itself (the disk's does).
+    """
+    return await asyncio.shield(asyncio.get_running_loop().create_task(work))
 
 
 class Background:
