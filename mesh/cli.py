@@ -68,6 +68,12 @@ def build_parser(first: str = "") -> argparse.ArgumentParser:
     _add_network(commands)
     _add_sae(commands)
     _add_operator(commands)
+    if first == "psrd":
+        from mesh.hub.psrd_cli import add_parser as add_psrd
+
+        add_psrd(commands, _add_target, _targets)
+    else:
+        commands.add_parser("psrd", help="pre-shared random data: issue, import, status of courier files")
     _add_lab(commands)
     return parser
 
@@ -96,6 +102,7 @@ def _command(
 def _add_processes(commands: Commands[argparse.ArgumentParser]) -> None:
     for name, text, handler in (
         ("node", "a KME: links, establishing, reserves, keys", _run_node),
+        ("hub", "a hub: forwards shares, ends nothing", _run_hub),
         ("gateway", "the REST interfaces of a site (ETSI GS QKD 014)", _run_gateway),
         ("qkd-device", "a simulated QKD device pair", _run_device),
     ):
@@ -106,6 +113,12 @@ def _add_processes(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _run_node(arguments: argparse.Namespace) -> int:
     from mesh.node.node import run
+
+    return run(arguments.config)
+
+
+def _run_hub(arguments: argparse.Namespace) -> int:
+    from mesh.hub.hub import run
 
     return run(arguments.config)
 
@@ -350,8 +363,9 @@ def _lab_up(arguments: argparse.Namespace) -> int:
     from mesh.lab.networks import load_network
 
     progress = Progress()
-    # Stop what was started also when told to stop half-way.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Stop what was started also when told to stop half-way, and when a shell had SIGINT ignored.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     directory = start_lab(load_network(arguments.network), arguments.dir, progress)
     if not arguments.detach:
         hold_lab(directory, progress)

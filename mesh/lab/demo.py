@@ -28,7 +28,7 @@ from mesh.lab.state import LabDirectory
 from mesh.node.config import Reserves
 
 ON_DEMAND_KEYS = 200
-RESERVE_KEYS = 1000
+RESERVE_KEYS = 600
 RESERVE_BYTES = 512 * 1024
 # What the devices hold at start: enough for all of it, soon ingested, so that little else runs meanwhile.
 DEVICE_BYTES = 8 << 20
