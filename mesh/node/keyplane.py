@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mesh.core.names import check_sae_id
@@ -183,6 +183,8 @@ class KeyPlane:
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._pairs_document: NetworkDocument | None = None
         self._is_stopping = False
+        #: What forbids to serve, if anything does: a rolled-back disk would hand keys out twice.
+        self.stopped_by: Callable[[], MeshError | None] = lambda: None
 
     # life
 
@@ -259,7 +261,14 @@ class KeyPlane:
         self._config = replace(self._config, access=access)
         self._pairs.clear()
 
+    def check_serving(self) -> None:
+        """Raises what forbids to serve, for instance RolledBackError (invariant 4)."""
+        problem = self.stopped_by()
+        if problem is not None:
+            raise problem
+
     def _document(self) -> NetworkDocument:
+        self.check_serving()
         document = self._directory.document
         if document is None:
             raise ShortageError(

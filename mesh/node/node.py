@@ -28,7 +28,7 @@ from mesh.directory.etcd import EtcdClient, EtcdTls
 from mesh.directory.etcd_directory import EtcdDirectory
 from mesh.directory.port import Directory
 from mesh.directory.static import StaticDirectory
-from mesh.errors import ConfigError, MeshError, UnavailableError
+from mesh.errors import ConfigError, MeshError, RolledBackError, UnavailableError
 from mesh.node.config import LinkSection, NodeConfig, load_node_config
 from mesh.node.documents import PeerDocuments, build_keeper
 from mesh.node.keyplane import KeyPlane
@@ -264,6 +264,7 @@ class Node:
             incarnation=self.incarnation,
             reserves=self._reserve_levels,
         )
+        self.plane.stopped_by = self._stopped_by
         self.tasks.spawn(self.publisher.run())
         self.tasks.spawn(self._sample(Path(config.tls.cert)))
         if config.access_file is not None:
@@ -335,6 +336,7 @@ class Node:
             peers=GrpcPeers(lambda peer: self._channel(channels, peer, Role.NODE)),
             incarnation=Incarnation(self.incarnation, self.is_proven),
         )
+        self.plane.stopped_by = lambda: self.links.refusal
         self.links.handler = self.plane.shares
 
     async def _start_plane(self, stack: contextlib.AsyncExitStack) -> None:
@@ -415,6 +417,12 @@ class Node:
                 self.alarms.clear("config/access")
 
     # -- what others see ------------------------------------------------------------------
+
+    def _stopped_by(self) -> MeshError | None:
+        """A rolled-back disk must not serve: it would redeem keys a second time (invariants 4 and 6)."""
+        if self.links.refusal is None and self.publisher.doubts():
+            return RolledBackError("the directory remembers a newer disk than this node's")
+        return self.links.refusal
 
     def missing(self) -> Sequence[str]:
         """What keeps the node from serving; empty when it is ready."""

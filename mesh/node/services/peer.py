@@ -12,13 +12,14 @@ from mesh.v1.peer_pb2_grpc import PeerServicer
 
 
 class PeerService(PeerServicer):
-    """Confirms, transfer queries and deposits."""
+    """Confirms, transfer queries and deposits; all refused while the node must not serve."""
 
     def __init__(self, plane: KeyPlane) -> None:
         self._plane = plane
 
     async def Confirm(self, request: pb.ConfirmRequest, context: object) -> pb.ConfirmResponse:
         """A target says that it holds a transfer."""
+        self._plane.check_serving()
         try:
             return pb.ConfirmResponse(accepted=self._plane.establisher.on_confirm(request))
         except TagMismatchError as exc:
@@ -26,8 +27,10 @@ class PeerService(PeerServicer):
 
     async def QueryTransfer(self, request: pb.TransferQuery, context: object) -> pb.TransferAnswer:
         """A source asks what became of its transfer."""
+        self._plane.check_serving()
         return self._plane.appender.on_query(request)
 
     async def Deposit(self, request: pb.DepositRequest, context: object) -> pb.DepositResponse:
         """A sealed message from a source."""
+        self._plane.check_serving()
         return await self._plane.deposits.on_deposit(request)
