@@ -52,7 +52,7 @@ def ask(target: OperatorTarget, what: str, *, timeout_s: float = 5.0) -> Message
         ConfigError: a PEM file cannot be read.
         MeshError: the node cannot be reached or refuses.
     """
-    with _channel(target) as channel:
+    with open_channel(target) as channel:
         stub = admin_pb2_grpc.AdminStub(channel)
         calls: dict[str, Callable[[], Message]] = {
             "status": lambda: stub.GetNodeStatus(admin_pb2.NodeStatusRequest(), timeout=timeout_s),
@@ -72,7 +72,7 @@ def acknowledge(target: OperatorTarget, alarm_id: str, *, timeout_s: float = 5.0
     Raises:
         MeshError: no such alarm, or the node cannot be reached.
     """
-    with _channel(target) as channel:
+    with open_channel(target) as channel:
         try:
             admin_pb2_grpc.AdminStub(channel).AcknowledgeAlarm(
                 admin_pb2.AcknowledgeAlarmRequest(alarm_id=alarm_id), timeout=timeout_s
@@ -90,7 +90,7 @@ def reset_link(target: OperatorTarget, peer: str, *, timeout_s: float = 30.0) ->
     Raises:
         MeshError: the node has no such link, or cannot be reached.
     """
-    with _channel(target) as channel:
+    with open_channel(target) as channel:
         try:
             answer = admin_pb2_grpc.AdminStub(channel).ResetLink(
                 admin_pb2.ResetLinkRequest(peer_kme_id=peer, confirm_peer_kme_id=peer), timeout=timeout_s
@@ -100,7 +100,12 @@ def reset_link(target: OperatorTarget, peer: str, *, timeout_s: float = 30.0) ->
     return answer.transmit_epoch, answer.receive_epoch
 
 
-def _channel(target: OperatorTarget) -> grpc.Channel:
+def open_channel(target: OperatorTarget) -> grpc.Channel:
+    """A channel to a node with the tool's certificate; the node's own is pinned.
+
+    Raises:
+        ConfigError: a PEM file cannot be read.
+    """
     try:
         ca, cert, key = (path.read_bytes() for path in (target.ca, target.cert, target.key))
     except OSError as error:

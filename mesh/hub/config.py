@@ -63,7 +63,9 @@ class HubConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen
     links: Annotated[list[LinkSection], msgspec.Meta(max_length=256)] = []
     # The first rule that covers a pair decides, none refuses it. Without rules: every pair that
     # the network document grants this hub to.
-    policy: Annotated[list[RuleSection], msgspec.Meta(max_length=1000)] = [_EVERY_PAIR]
+    policy: Annotated[list[RuleSection], msgspec.Meta(max_length=1000)] = msgspec.field(
+        default_factory=lambda: [_EVERY_PAIR]
+    )
     # Lane bytes that bulk shares leave for those on demand.
     bulk_floor_bytes: _Natural = 64 * 1024
     proof_dir: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.errors import CallerError, ConfigError, ErrorReason, UnavailableError
-from mesh.sources.psrd_file import wipe_bytes
+from mesh.sources.psrd_file import MAGIC, wipe_bytes
 from mesh.store.files import File, FileLayer, OsFile, OsFiles
 
 _MAX_PASSPHRASE_BYTES = 1024
@@ -129,6 +129,21 @@ def open_courier(path: Path) -> File:
         return OsFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise CallerError(f"path: cannot be opened: {error.strerror}", facts={"path": path}) from error
+
+
+def check_courier(path: Path) -> None:
+    """Refuse to wipe what does not begin like a courier file.
+
+    Raises:
+        CallerError: it does not, or there is none.
+    """
+    file = open_courier(path)
+    try:
+        is_courier = file.pread(len(MAGIC), 0) == MAGIC
+    finally:
+        file.close()
+    if not is_courier:
+        raise CallerError("path: not a courier file", facts={"path": path})
 
 
 def wipe_courier(path: Path) -> None:
