@@ -329,9 +329,11 @@ class BlockLeader(Ingest):
         self.wake()
 
     def on_answer(self, answer: BlockAnswer, *, in_frame: bool) -> None:
-        """Queue the answer for the worker."""
-        self._answers.append((answer, in_frame))
-        self.wake()
+        """Queue the answer for the worker; in clear only one that can count."""
+        is_yes = answer.verdict == BlockAnswer.ACCEPTED
+        if answer.block_id in self._open and (in_frame or is_yes or self.link.is_first_contact):
+            self._answers.append((answer, in_frame))
+            self.wake()
 
     def forget(self) -> None:
         """The lanes were thrown away: offers of their epochs are void."""
@@ -359,6 +361,9 @@ class BlockLeader(Ingest):
             except PeerError as error:
                 pause_s = self.settings.poll_max_s
                 self._alarm_device(error)
+            except MeshError as error:
+                pause_s = self.settings.poll_max_s
+                _LOG.error("ingest failed", extra={"peer": self.link.peer, "cause": str(error)})
             if not self._answers:
                 await self._sleep(pause_s)
 
@@ -560,7 +565,9 @@ class BlockFollower(Ingest):
         self._to_discard: deque[bytes] = deque(maxlen=KEPT_BLOCKS)
 
     def on_offer(self, offer: bytes, stream: LinkStream, decided: Decided | None) -> None:
-        """Queue the offer for the worker."""
+        """Queue the offer for the worker; in clear only at first contact (2.3)."""
+        if decided is None and not self.link.is_first_contact:
+            return
         self._offers.append((offer, stream, decided))
         self.wake()
 

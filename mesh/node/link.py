@@ -111,13 +111,18 @@ class _Relayed:
     meta_bytes: int
 
 
+def _bounded() -> deque[Any]:
+    """All that waits here is sent again when it is lost: the oldest may give way."""
+    return deque(maxlen=64)
+
+
 @dataclass(slots=True)
 class _Control:
     """What waits for the next frame."""
 
-    offers: deque[bytes] = field(default_factory=deque)
-    answers: deque[BlockAnswer] = field(default_factory=deque)
-    discarded: deque[bytes] = field(default_factory=deque)
+    offers: deque[bytes] = field(default_factory=_bounded)
+    answers: deque[BlockAnswer] = field(default_factory=_bounded)
+    discarded: deque[bytes] = field(default_factory=_bounded)
     wants_document: bool = False
     wants_report: bool = False
 
@@ -176,6 +181,7 @@ class Link:
         self.blocked_until_s = 0.0
         self._failures = FailureBudget()
         self._failed_openings = 0
+        self._window_is_alarmed = False
         self._first_hellos = RateCap(per_s=1.0, burst=4)
         self._relay: deque[_Relayed] = deque()
         self._relay_bytes = 0
@@ -467,6 +473,9 @@ class Link:
             self.lanes.tx.lane.take_report(meta.receive_position)
             self.ingest.on_filled(meta.receive_filled)
             if self.lanes.tx.lane.reported > before:
+                if self._window_is_alarmed:
+                    self._window_is_alarmed = False
+                    self._around.alarms.clear(f"link/{self.peer}/window")
                 self.notify()
         if meta.discarded_block_ids:
             self.on_discarded(meta.discarded_block_ids)
@@ -475,10 +484,14 @@ class Link:
         decided = meta.transmit_decided_below, meta.receive_decided_below
         for offer in meta.offers:
             self.ingest.on_offer(offer, stream, decided)
-        if meta.network_document:
-            self.document.offer(meta.network_document)
-        if meta.shares:
-            self._around.handler().on_shares(self.peer, _split(meta.shares, raw, plaintext))
+        shares = _split(meta.shares, raw, plaintext)
+        try:
+            if meta.network_document:
+                self.document.offer(meta.network_document)
+            if shares:
+                self._around.handler().on_shares(self.peer, shares)
+        except MeshError as error:
+            _LOG.warning("what a frame carried was not taken", extra={"peer": self.peer, "cause": str(error)})
 
     def on_clear_offer(self, offer: bytes, stream: LinkStream) -> None:
         """A block offer came in clear."""
@@ -502,7 +515,8 @@ class Link:
         if stream is None or stream.theirs is None:
             return False
         if self.frames_can_go:
-            self._control.offers.append(offer)
+            if offer not in self._control.offers:
+                self._control.offers.append(offer)
             stream.wake()
         else:
             stream.post(link_pb2.LinkMessage(offer=offer).SerializeToString())
@@ -513,7 +527,7 @@ class Link:
         if self.frames_can_go and self.stream is not None:
             self._control.answers.append(answer)
             self.stream.wake()
-        elif stream in self.streams:
+        elif stream in self.streams and not stream.is_full:
             stream.post(link_pb2.LinkMessage(answer=answer).SerializeToString())
 
     def post_discarded(self, block_id: bytes) -> None:
@@ -717,6 +731,7 @@ class Link:
 
     def alarm_window(self, what: str) -> None:
         """Too far past the last report for ``what``: stopped until one comes (1.3)."""
+        self._window_is_alarmed = True
         self._around.alarms.raise_alarm(
             f"link/{self.peer}/window",
             "warning",

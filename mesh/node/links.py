@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 
 from mesh.core.lane import LaneLimits
 from mesh.core.opening import NEXT_STEP
-from mesh.errors import CallerError, ErrorReason, MeshError, PeerError, RolledBackError, UnavailableError
+from mesh.errors import (
+    CallerError,
+    ErrorReason,
+    IntegrityError,
+    MeshError,
+    PeerError,
+    RolledBackError,
+    UnavailableError,
+)
 from mesh.node.ingest import BlockFollower, BlockLeader, IngestSettings
 from mesh.node.link import Link, LinkSettings, Surroundings
 from mesh.node.link_stream import LinkStream
@@ -124,11 +132,14 @@ class LinkPlane:
         self._alarms = alarms
         self._dial = dial
         self._background = Background()
+        incarnations = frozenset(store.read(lambda tables: tables.incarnations.own_incarnations()))
+        if incarnation not in incarnations:
+            raise IntegrityError("the incarnation must be on disk before the first greeting")
         self._around = Surroundings(
             own_id=own_id,
             domain_id=domain_id,
             incarnation=incarnation,
-            incarnations=frozenset(store.read(lambda tables: tables.incarnations.own_incarnations())),
+            incarnations=incarnations,
             store=store,
             alarms=alarms,
             document=document or NoDocument(),

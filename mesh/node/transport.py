@@ -92,10 +92,17 @@ def _read_varint(data: bytes) -> tuple[int, int]:
 
 
 class DialledTransport:
-    """The dialler's end of a stream."""
+    """The dialler's end of a stream.
+
+    Raises:
+        UnavailableError: the channel is closed.
+    """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._call: Call = channel.stream_stream(METHOD)()
+        try:
+            self._call: Call = channel.stream_stream(METHOD)()
+        except (grpc.RpcError, grpc.aio.UsageError) as error:
+            raise _gone(error) from error
 
     async def send(self, data: bytes) -> None:
         """Write one message."""
