@@ -68,5 +68,41 @@ CREATE TABLE inbound_results (
 CREATE INDEX inbound_results_by_number ON inbound_results (source, number);
 """
 
-MIGRATIONS: tuple[str, ...] = (_VERSION_1,)
+_VERSION_2 = """
+ALTER TABLE jobs ADD COLUMN context BLOB NOT NULL DEFAULT x'';
+CREATE TABLE border_exchanges (
+    exchange_id BLOB PRIMARY KEY, is_outbound INTEGER NOT NULL, peer TEXT NOT NULL, initiator TEXT NOT NULL,
+    targets TEXT NOT NULL, callback TEXT NOT NULL, owner TEXT NOT NULL, source TEXT NOT NULL,
+    source_job BLOB NOT NULL, extension BLOB NOT NULL, give_up_ms INTEGER NOT NULL,
+    created_s INTEGER NOT NULL) STRICT;
+CREATE INDEX border_exchanges_by_source ON border_exchanges (source_job);
+CREATE INDEX border_exchanges_by_association ON border_exchanges (peer, initiator, targets);
+CREATE TABLE border_keys (
+    is_outbound INTEGER NOT NULL, peer TEXT NOT NULL, key_id BLOB NOT NULL, exchange_id BLOB NOT NULL,
+    state TEXT NOT NULL, value BLOB NOT NULL, extension BLOB NOT NULL, acked TEXT NOT NULL,
+    void_callback TEXT NOT NULL, is_void_asked INTEGER NOT NULL, is_peer_void INTEGER NOT NULL,
+    is_kept INTEGER NOT NULL, revivals INTEGER NOT NULL,
+    PRIMARY KEY (key_id, peer, is_outbound)) STRICT;
+CREATE INDEX border_keys_by_exchange ON border_keys (exchange_id);
+CREATE TABLE border_posts (
+    job_id BLOB PRIMARY KEY, kind TEXT NOT NULL, exchange_id BLOB NOT NULL, peer TEXT NOT NULL,
+    url TEXT NOT NULL, status TEXT NOT NULL, initiator TEXT NOT NULL, targets TEXT NOT NULL,
+    key_ids BLOB NOT NULL, give_up_ms INTEGER NOT NULL) STRICT;
+CREATE INDEX border_posts_by_exchange ON border_posts (exchange_id);
+CREATE TABLE border_carries (
+    exchange_id BLOB NOT NULL, place TEXT NOT NULL, targets TEXT NOT NULL, state TEXT NOT NULL,
+    PRIMARY KEY (exchange_id, place)) STRICT, WITHOUT ROWID;
+CREATE TABLE border_calls (
+    call_id INTEGER PRIMARY KEY AUTOINCREMENT, purpose TEXT NOT NULL, exchange_id BLOB NOT NULL,
+    kme TEXT NOT NULL, key_ids BLOB NOT NULL, job_id BLOB) STRICT;
+CREATE INDEX border_calls_by_exchange ON border_calls (exchange_id);
+CREATE TABLE border_reports (
+    source TEXT NOT NULL, job_id BLOB NOT NULL, open_ids BLOB NOT NULL, kept_ids BLOB NOT NULL,
+    PRIMARY KEY (source, job_id)) STRICT;
+CREATE TABLE foreign_buffer (
+    master TEXT NOT NULL, slave TEXT NOT NULL, key_id BLOB NOT NULL UNIQUE, value BLOB NOT NULL,
+    grade TEXT NOT NULL, border TEXT NOT NULL, expires_at_s INTEGER NOT NULL) STRICT;
+"""
+
+MIGRATIONS: tuple[str, ...] = (_VERSION_1, _VERSION_2)
 VERSION = len(MIGRATIONS)

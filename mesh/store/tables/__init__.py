@@ -11,6 +11,16 @@ import apsw
 from mesh.store.tables.appends import AppendKind, AppendRow, Appends
 from mesh.store.tables.base import MovedMarks
 from mesh.store.tables.blocks import BlockRow, Blocks, BlockState
+from mesh.store.tables.border import (
+    Border,
+    BorderKeyRow,
+    BufferRow,
+    CallRow,
+    CarryRow,
+    ExchangeRow,
+    PostRow,
+    ReportRow,
+)
 from mesh.store.tables.extents import ExtentRow, Extents, ExtentState
 from mesh.store.tables.jobs import JobRow, Jobs
 from mesh.store.tables.keystore import KeyState, Keystore, StoredKeyRow
@@ -24,12 +34,19 @@ __all__ = [
     "AppendRow",
     "BlockRow",
     "BlockState",
+    "BorderKeyRow",
+    "BufferRow",
+    "CallRow",
+    "CarryRow",
+    "ExchangeRow",
     "ExtentRow",
     "ExtentState",
     "JobRow",
     "KeyState",
     "LaneRow",
     "PeerRow",
+    "PostRow",
+    "ReportRow",
     "ReserveRow",
     "ReserveState",
     "StoredKeyRow",
@@ -54,3 +71,4 @@ class Tables:
         self.wrong_tags = WrongTags(database, self.moved)
         self.keystore = Keystore(database, self.moved)
         self.jobs = Jobs(database, self.moved)
+        self.border = Border(database, self.moved)

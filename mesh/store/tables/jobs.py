@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mesh.errors import CallerError
 from mesh.store.tables.base import Row, Table, Value
 
-_COLUMNS = "job_id, number, kind, peer, state, payload, result, next_try_s, attempts"
+_COLUMNS = "job_id, number, kind, peer, state, payload, result, next_try_s, attempts, context"
 FINISHED = ("done", "failed")
 
 
@@ -24,6 +24,8 @@ class JobRow:
     result: bytes | None = field(default=None, repr=False)
     next_try_s: int = 0
     attempts: int = 0
+    context: bytes = b""
+    """What its owner needs to go on with the answer; never a secret."""
 
 
 def _job(row: Row) -> JobRow:
@@ -55,7 +57,7 @@ class Jobs(Table):
         ):
             raise CallerError("this job exists", facts={"job_id": job.job_id.hex()})
         self._run(
-            f"INSERT INTO jobs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO jobs ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             job.job_id,
             job.number,
             job.kind,
@@ -65,6 +67,7 @@ class Jobs(Table):
             job.result,
             job.next_try_s,
             job.attempts,
+            job.context,
         )
 
     def get(self, job_id: bytes) -> JobRow | None:
