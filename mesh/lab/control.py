@@ -17,7 +17,9 @@ from typing import Any, TextIO
 
 import msgspec
 
+from mesh.core.sizes import format_size
 from mesh.errors import CallerError, ErrorReason
+from mesh.lab.couriers import supply_links
 from mesh.lab.domain import prepare_domain, prepare_etcd
 from mesh.lab.ground import clear_directory
 from mesh.lab.networks import Network
@@ -78,6 +80,8 @@ def start_lab(network: Network, root: Path, progress: Progress) -> LabDirectory:
         prepare_domain(plan)
         progress.done(f"files of {len(plan.processes)} processes written to {directory.root}")
         try:
+            if carried := supply_links(network, directory, deadline_s=began_s + START_TIMEOUT_S):
+                progress.done(f"couriers brought {format_size(carried)} of pre-shared random data")
             _start_all(plan, progress, began_s + START_TIMEOUT_S)
         except BaseException:
             stop_all(plan.processes)
@@ -101,11 +105,11 @@ def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
     start("etcd", "device", "relay")
     asyncio.run(prepare_etcd(plan, deadline_s=deadline_s))
     progress.done(f"etcd ({len(plan.members)}) holds the signed network document")
-    start("node", "gateway")
+    start("hub", "node", "gateway")
     devices = {entry["id"]: entry["control"].removeprefix("http://") for entry in lab["devices"]}
     for what, path, places in (
         ("devices", "/healthz", devices),
-        ("nodes", "/readyz", {entry["id"]: entry["http"] for entry in lab["nodes"] + lab["hubs"]}),
+        ("nodes and hubs", "/readyz", {entry["id"]: entry["http"] for entry in lab["nodes"] + lab["hubs"]}),
         ("gateways", "/readyz", {entry["id"]: entry["http"] for entry in lab["gateways"]}),
     ):
         _wait(lambda p=places, q=path: missing_health(p, q), plan, progress, deadline_s)  # type: ignore[misc]

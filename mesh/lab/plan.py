@@ -115,7 +115,7 @@ class Planner:
         for node in self._network.nodes:
             for gateway in node.gateways:
                 self._plan_gateway(node, gateway)
-        for folder in (self._dir.audit, self._dir.courier):
+        for folder in (self._dir.audit, self._dir.data):
             folder.mkdir(exist_ok=True, mode=0o700)
         if self._dir.proofs is not None:
             self._dir.proofs.mkdir(mode=0o700)

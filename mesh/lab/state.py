@@ -34,7 +34,6 @@ OWN_ENTRIES = frozenset(
         ".lock",
         "pki",
         "config",
-        "courier",
         "data",
         "etcd",
         "log",
@@ -56,7 +55,6 @@ class LabDirectory:
         self.root = root.resolve()
         self.pki = self.root / "pki"
         self.config = self.root / "config"
-        self.courier = self.root / "courier"
         self.data = self.root / "data"
         self.etcd = self.root / "etcd"
         self.log = self.root / "log"
@@ -88,6 +86,12 @@ class LabDirectory:
         with stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+    def courier_folder(self, needed_bytes: int) -> Path:
+        """Where courier files lie for a moment: in memory if there is room, else beside the data."""
+        if self.proofs is None or OsFiles().free_bytes(self.proofs) < 4 * needed_bytes:
+            return self.data
+        return self.proofs
 
     def log_of(self, process_id: str) -> Path:
         """The log of a process."""
