@@ -16,6 +16,7 @@ import grpc
 
 from mesh.client.batching import Batcher
 from mesh.client.results import DeliveredKey, DeliveredKeys, KeyStatus, ReserveLevel
+from mesh.client.stream import DeliveryStreams
 from mesh.errors import CallerError, MeshError, PeerError
 from mesh.ops.tls import TlsFiles
 from mesh.rpc.channels import ChannelPool
@@ -46,6 +47,7 @@ class MeshClient:
         self._on_close = on_close
         self._stub_channel: grpc.aio.Channel | None = None
         self._stub: keys_pb2_grpc.KeyDeliveryAsyncStub | None = None
+        self._streams = DeliveryStreams(channel)
         self._get_keys: _GetKeys = Batcher(self._send_get_keys)
         self._get_keys_by_id: _GetKeysById = Batcher(self._send_get_keys_by_id)
 
@@ -87,6 +89,7 @@ class MeshClient:
         """Fails what waits or is in flight, and closes the channel."""
         await self._get_keys.close()
         await self._get_keys_by_id.close()
+        await self._streams.close()
         if self._on_close is not None:
             await self._on_close()
 
@@ -240,16 +243,14 @@ class MeshClient:
     async def _send_get_keys(
         self, requests: Sequence[keys_pb2.KeyRequest], timeout_s: float
     ) -> list[DeliveredKeys | MeshError]:
-        batch = keys_pb2.GetKeysRequest(requests=requests)
-        answer = await self._delivery().GetKeys(batch, timeout=timeout_s)
-        return [_delivered(result) for result in answer.results]
+        batch = keys_pb2.DeliverRequest(get_keys=keys_pb2.GetKeysRequest(requests=requests))
+        return [_delivered(result) for result in await self._streams.ask(batch, timeout_s, len(requests))]
 
     async def _send_get_keys_by_id(
         self, requests: Sequence[keys_pb2.KeyByIdRequest], timeout_s: float
     ) -> list[DeliveredKeys | MeshError]:
-        batch = keys_pb2.GetKeysByIdRequest(requests=requests)
-        answer = await self._delivery().GetKeysById(batch, timeout=timeout_s)
-        return [_delivered(result) for result in answer.results]
+        batch = keys_pb2.DeliverRequest(get_keys_by_id=keys_pb2.GetKeysByIdRequest(requests=requests))
+        return [_delivered(result) for result in await self._streams.ask(batch, timeout_s, len(requests))]
 
 
 def _build(kind: Callable[..., Any], **fields: object) -> Any:

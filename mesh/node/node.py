@@ -264,7 +264,8 @@ class Node:
             incarnation=self.incarnation,
             reserves=self._reserve_levels,
         )
-        self.plane.stopped_by = self._stopped_by
+        if (plane := self._key_plane()) is not None:
+            plane.stopped_by = self._stopped_by
         self.tasks.spawn(self.publisher.run())
         self.tasks.spawn(self._sample(Path(config.tls.cert)))
         if config.access_file is not None:

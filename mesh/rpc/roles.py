@@ -25,6 +25,7 @@ ADMITTED: Mapping[str, frozenset[Role]] = {
     "/mesh.v1.KeyDelivery/GetStatus": _READERS,
     "/mesh.v1.KeyDelivery/GetKeys": _GATEWAY,
     "/mesh.v1.KeyDelivery/GetKeysById": _GATEWAY,
+    "/mesh.v1.KeyDelivery/Deliver": _GATEWAY,
     "/mesh.v1.KeyDelivery/WatchLevels": _READERS,
     # And only gateways that the node's configuration names as border.
     "/mesh.v1.Border/ImportKeys": _GATEWAY,

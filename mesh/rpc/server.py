@@ -174,13 +174,18 @@ class RpcServer:
     def _add(self, service: str, handlers: _Handlers) -> None:
         self._services.append(service)
         guarded = {
-            name: _guard(handler, self._admission(f"/{service}/{name}"), self._refusal(f"/{service}/{name}"))
+            name: _guard(handler, self.admission(f"/{service}/{name}"), self._refusal(f"/{service}/{name}"))
             for name, handler in handlers.items()
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
         self._server.add_registered_method_handlers(service, guarded)
 
-    def _admission(self, method: str) -> _Admit:
+    def admission(self, method: str) -> _Admit:
+        """The check of who calls ``method``; long streams ask it again for each message.
+
+        The check raises NotAuthorizedError: the certificate expired, is denied, or has no such role.
+        """
+
         def admit(context: _Context) -> None:
             request_id.set(clean_request_id(_sent_request_id(context)))
             try:

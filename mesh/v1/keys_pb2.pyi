@@ -387,6 +387,65 @@ class GetKeysByIdResponse(_message.Message):
 Global___GetKeysByIdResponse: _TypeAlias = GetKeysByIdResponse  # noqa: Y015
 
 @_typing.final
+class DeliverRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    GET_KEYS_FIELD_NUMBER: _builtins.int
+    GET_KEYS_BY_ID_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.int
+    """Chosen by the client, not used twice on a stream."""
+    @_builtins.property
+    def get_keys(self) -> Global___GetKeysRequest: ...
+    @_builtins.property
+    def get_keys_by_id(self) -> Global___GetKeysByIdRequest: ...
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.int = ...,
+        get_keys: Global___GetKeysRequest | None = ...,
+        get_keys_by_id: Global___GetKeysByIdRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "get_keys", b"get_keys", "get_keys_by_id", b"get_keys_by_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_id", b"batch_id", "get_keys", b"get_keys", "get_keys_by_id", b"get_keys_by_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_batch: _TypeAlias = _typing.Literal["get_keys", "get_keys_by_id"]  # noqa: Y015
+    _WhichOneofArgType_batch: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_batch) -> _WhichOneofReturnType_batch | None: ...
+
+Global___DeliverRequest: _TypeAlias = DeliverRequest  # noqa: Y015
+
+@_typing.final
+class DeliverResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_ID_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    batch_id: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyResult]:
+        """One per request of the batch, in order; none when the whole batch failed."""
+
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        batch_id: _builtins.int = ...,
+        results: _abc.Iterable[Global___KeyResult] | None = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_id", b"batch_id", "failure", b"failure", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeliverResponse: _TypeAlias = DeliverResponse  # noqa: Y015
+
+@_typing.final
 class WatchLevelsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -49,6 +49,11 @@ class KeyDeliveryStub:
                 request_serializer=mesh_dot_v1_dot_keys__pb2.GetKeysByIdRequest.SerializeToString,
                 response_deserializer=mesh_dot_v1_dot_keys__pb2.GetKeysByIdResponse.FromString,
                 _registered_method=True)
+        self.Deliver = channel.stream_stream(
+                '/mesh.v1.KeyDelivery/Deliver',
+                request_serializer=mesh_dot_v1_dot_keys__pb2.DeliverRequest.SerializeToString,
+                response_deserializer=mesh_dot_v1_dot_keys__pb2.DeliverResponse.FromString,
+                _registered_method=True)
         self.WatchLevels = channel.unary_stream(
                 '/mesh.v1.KeyDelivery/WatchLevels',
                 request_serializer=mesh_dot_v1_dot_keys__pb2.WatchLevelsRequest.SerializeToString,
@@ -80,6 +85,15 @@ class KeyDeliveryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Deliver(self, request_iterator, context):
+        """Both of the above over one long-lived stream, at half the cost per batch:
+        what gateways use. Answers come as they are ready, in any order. At most 64
+        batches are under way on a stream. Roles admitted: gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchLevels(self, request, context):
         """Reserve levels, as they change. Roles admitted: gateway, tool.
         """
@@ -104,6 +118,11 @@ def add_KeyDeliveryServicer_to_server(servicer, server):
                     servicer.GetKeysById,
                     request_deserializer=mesh_dot_v1_dot_keys__pb2.GetKeysByIdRequest.FromString,
                     response_serializer=mesh_dot_v1_dot_keys__pb2.GetKeysByIdResponse.SerializeToString,
+            ),
+            'Deliver': grpc.stream_stream_rpc_method_handler(
+                    servicer.Deliver,
+                    request_deserializer=mesh_dot_v1_dot_keys__pb2.DeliverRequest.FromString,
+                    response_serializer=mesh_dot_v1_dot_keys__pb2.DeliverResponse.SerializeToString,
             ),
             'WatchLevels': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLevels,
@@ -192,6 +211,33 @@ class KeyDelivery:
             '/mesh.v1.KeyDelivery/GetKeysById',
             mesh_dot_v1_dot_keys__pb2.GetKeysByIdRequest.SerializeToString,
             mesh_dot_v1_dot_keys__pb2.GetKeysByIdResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Deliver(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/mesh.v1.KeyDelivery/Deliver',
+            mesh_dot_v1_dot_keys__pb2.DeliverRequest.SerializeToString,
+            mesh_dot_v1_dot_keys__pb2.DeliverResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class KeyDeliveryStub:
     """Draws keys for masters. Roles admitted: gateway."""
     GetKeysById: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetKeysByIdRequest, _keys_pb2.GetKeysByIdResponse]
     """Redeems keys for slaves by their key_IDs. Roles admitted: gateway."""
+    Deliver: _grpc.StreamStreamMultiCallable[_keys_pb2.DeliverRequest, _keys_pb2.DeliverResponse]
+    """Both of the above over one long-lived stream, at half the cost per batch:
+    what gateways use. Answers come as they are ready, in any order. At most 64
+    batches are under way on a stream. Roles admitted: gateway.
+    """
     WatchLevels: _grpc.UnaryStreamMultiCallable[_keys_pb2.WatchLevelsRequest, _keys_pb2.Level]
     """Reserve levels, as they change. Roles admitted: gateway, tool."""
 
@@ -51,6 +56,11 @@ class KeyDeliveryAsyncStub(KeyDeliveryStub):
     """Draws keys for masters. Roles admitted: gateway."""
     GetKeysById: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetKeysByIdRequest, _keys_pb2.GetKeysByIdResponse]  # type: ignore[assignment]
     """Redeems keys for slaves by their key_IDs. Roles admitted: gateway."""
+    Deliver: _aio.StreamStreamMultiCallable[_keys_pb2.DeliverRequest, _keys_pb2.DeliverResponse]  # type: ignore[assignment]
+    """Both of the above over one long-lived stream, at half the cost per batch:
+    what gateways use. Answers come as they are ready, in any order. At most 64
+    batches are under way on a stream. Roles admitted: gateway.
+    """
     WatchLevels: _aio.UnaryStreamMultiCallable[_keys_pb2.WatchLevelsRequest, _keys_pb2.Level]  # type: ignore[assignment]
     """Reserve levels, as they change. Roles admitted: gateway, tool."""
 
@@ -78,6 +88,17 @@ class KeyDeliveryServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_keys_pb2.GetKeysByIdResponse, _abc.Awaitable[_keys_pb2.GetKeysByIdResponse]]:
         """Redeems keys for slaves by their key_IDs. Roles admitted: gateway."""
+
+    @_abc_1.abstractmethod
+    def Deliver(
+        self,
+        request_iterator: _MaybeAsyncIterator[_keys_pb2.DeliverRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_keys_pb2.DeliverResponse], _abc.AsyncIterator[_keys_pb2.DeliverResponse]]:
+        """Both of the above over one long-lived stream, at half the cost per batch:
+        what gateways use. Answers come as they are ready, in any order. At most 64
+        batches are under way on a stream. Roles admitted: gateway.
+        """
 
     @_abc_1.abstractmethod
     def WatchLevels(

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from mesh.client import DeliveredKeys, MeshError
 from mesh.core.identity import Identity, Role
+from mesh.node.services.streamed import StreamedDelivery
 from mesh.ops.tls import TlsFiles
 from mesh.pki.authority import Pki
 from mesh.rpc.server import RpcServer
@@ -17,7 +18,7 @@ from mesh.v1 import keys_pb2, keys_pb2_grpc
 from tests.fakes.key_service import FakeKeyService
 
 
-class KeyDelivery(keys_pb2_grpc.KeyDeliveryServicer):
+class KeyDelivery(StreamedDelivery):
     """Translates the wire to ``FakeKeyService`` and back."""
 
     def __init__(self, service: FakeKeyService) -> None:

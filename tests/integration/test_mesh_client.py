@@ -27,6 +27,7 @@ from mesh.client import (
     ShortageError,
     UnavailableError,
 )
+from mesh.node.services.streamed import StreamedDelivery
 from mesh.ops.logging import request_id
 from mesh.ops.tls import TlsFiles
 from mesh.pki.authority import Pki
@@ -39,7 +40,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass
-class FakeNode(keys_pb2_grpc.KeyDeliveryServicer):
+class FakeNode(StreamedDelivery):
     """Hands out numbered keys once each; fails for SAEs named after the failure."""
 
     handed_out: dict[bytes, bytes] = field(default_factory=dict)

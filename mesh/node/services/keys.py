@@ -7,30 +7,37 @@ from typing import Any
 
 from mesh.errors import CallerError, ErrorReason, MeshError
 from mesh.node.keyplane import Delivered, KeyPlane
+from mesh.node.services.streamed import StreamedDelivery
 from mesh.rpc.status import failure_from
 from mesh.v1 import keys_pb2 as pb
-from mesh.v1.keys_pb2_grpc import KeyDeliveryServicer
 
 MAX_BATCH = 256
 
 Audit = Callable[[str, Sequence[dict[str, Any]]], None]
 
 
-class KeyDeliveryService(KeyDeliveryServicer):
+class KeyDeliveryService(StreamedDelivery):
     """Batches in, batches out; an element's failure is part of the answer.
 
     Args:
         plane: decides.
         staleness_s: age of what the directory said, in seconds.
         audit: writes one line per element (who, pair, key_IDs, result); raising it withholds the answer.
+        readmit: asked for each batch of a stream whether its caller may still call; raises if not.
     """
 
     def __init__(
-        self, plane: KeyPlane, *, staleness_s: Callable[[], float], audit: Audit | None = None
+        self,
+        plane: KeyPlane,
+        *,
+        staleness_s: Callable[[], float],
+        audit: Audit | None = None,
+        readmit: Callable[[Any], None] | None = None,
     ) -> None:
         self._plane = plane
         self._staleness_s = staleness_s
         self._audit = audit
+        self.readmit = readmit
 
     async def GetStatus(self, request: pb.StatusRequest, context: object) -> pb.StatusResponse:
         """What the node can deliver to a pair."""

@@ -1,0 +1,65 @@
+"""``KeyDelivery.Deliver``: the unary methods' batches over one long-lived stream.
+
+Owns the bound on batches under way and the order of nothing: each answer leaves when it
+is ready. Reads and writes the call instead of iterating, which costs half as much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from mesh.errors import MeshError
+from mesh.rpc.status import failure_from
+from mesh.v1 import keys_pb2 as pb
+from mesh.v1.keys_pb2_grpc import KeyDeliveryServicer
+
+MAX_STREAM_BATCHES = 64
+_Stream = grpc.aio.ServicerContext[pb.DeliverRequest, pb.DeliverResponse]
+
+
+class StreamedDelivery(KeyDeliveryServicer):
+    """Serves ``Deliver`` by the unary methods of the class that inherits it.
+
+    Attributes:
+        readmit: asked for each batch whether the caller may still call; raises if not.
+    """
+
+    readmit: Callable[[Any], None] | None = None
+
+    async def Deliver(  # type: ignore[override]  # reads and writes instead of iterating: cheaper
+        self, requests: object, context: _Stream
+    ) -> None:
+        """Batches over one stream: each is answered when it is ready."""
+        writing = asyncio.Lock()
+        room = asyncio.Semaphore(MAX_STREAM_BATCHES)
+
+        async def answer(request: pb.DeliverRequest) -> None:
+            try:
+                response = await self._deliver(request, context)
+                async with writing:
+                    await context.write(response)
+            finally:
+                room.release()
+
+        async with asyncio.TaskGroup() as batches:
+            while isinstance(request := await context.read(), pb.DeliverRequest):
+                await room.acquire()
+                batches.create_task(answer(request))
+
+    async def _deliver(self, request: pb.DeliverRequest, context: Any) -> pb.DeliverResponse:
+        """One batch of a stream; what refuses all of it stands in the answer."""
+        try:
+            if self.readmit is not None:
+                self.readmit(context)
+            if request.WhichOneof("batch") == "get_keys":
+                answer: Any = self.GetKeys(request.get_keys, context)
+            else:
+                answer = self.GetKeysById(request.get_keys_by_id, context)
+            results = (await answer).results
+        except MeshError as exc:
+            return pb.DeliverResponse(batch_id=request.batch_id, failure=failure_from(exc))
+        return pb.DeliverResponse(batch_id=request.batch_id, results=results)
