@@ -51,6 +51,8 @@ _VERDICT_STATE = {
     BlockAnswer.LOST: BlockState.DISCARDED,
     BlockAnswer.MISMATCH: BlockState.QUARANTINED,
 }
+# Usable lane bytes at which ingest may take its time.
+_COMFORT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +288,7 @@ class BlockLeader(Ingest):
 
     def __init__(self, link: Link, source: KeySource | None, settings: IngestSettings) -> None:
         super().__init__(link, source, settings)
+        self._rest_until_s = 0.0
         self._open: dict[bytes, BlockRow] = {}
         self._sent_at_s: dict[bytes, float] = {}
         self._gathered: list[DeviceKey] = []
@@ -384,6 +387,10 @@ class BlockLeader(Ingest):
         if self.source is None or end is None or not link.can_offer:
             return settings.poll_max_s
         usable = end.lane.usable_bytes
+        is_comfortable = usable >= min(_COMFORT_BYTES, link.settings.limits.pool_bytes // 4)
+        rest_s = self._rest_until_s - link.now_s()
+        if is_comfortable and rest_s > 0:
+            return rest_s
         want = min(settings.block_bytes, max(16 << 10, usable, 2 * blocks.MIN_BLOCK_BYTES))
         held = sum(len(key.value) for key in self._gathered)
         if held < want:
@@ -394,7 +401,11 @@ class BlockLeader(Ingest):
             return settings.poll_min_s
         del self._gathered[: len(taken)]
         await self._offer(end, taken, total)
-        return settings.poll_min_s if usable < (1 << 20) else settings.poll_max_s
+        if not is_comfortable or total > want // 2:
+            return settings.poll_min_s
+        # Nobody waits for it: let key gather, few large blocks cost less than many small ones.
+        self._rest_until_s = link.now_s() + settings.poll_max_s
+        return settings.poll_max_s
 
     def _neediest(self) -> AnyEnd | None:
         """The lane with less material, offered blocks included; None when both are full."""
