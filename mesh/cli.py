@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mesh.client.operator import OperatorTarget
 
 Handler = Callable[[argparse.Namespace], int]
+_SCENARIOS = ("hub-killed", "hub-liar", "cut-link", "two-of-three-hubs-dead")
 _EXIT_FAILED = 1
 _EXIT_CONFIG = 2
 
@@ -347,9 +348,15 @@ def _add_lab(commands: Commands[argparse.ArgumentParser]) -> None:
     down = _command(group, "down", "stop everything of a lab, also after crashes", _lab_down)
     restart = _command(group, "restart", "start processes of a lab again", _lab_restart)
     restart.add_argument("ids", nargs="+", metavar="ID", help="of nodes, gateways, devices, relays, etcd")
-    run = _command(group, "run", "send checked traffic through a running lab", _lab_run)
+    run = _command(group, "run", "send checked traffic through a running lab, or play a scenario", _lab_run)
     run.add_argument("--traffic", type=float, default=10.0, metavar="SECONDS", help="how long (default 10)")
     run.add_argument("--number", type=int, default=4, metavar="N", help="keys per call (default 4)")
+    run.add_argument(
+        "--scenario", choices=_SCENARIOS, help="break something; see whether keys still come and it is named"
+    )
+    run.add_argument(
+        "--stand-in", type=Path, metavar="FILE", help="Python file that runs in a hub's place (hub-liar)"
+    )
     demo = _command(group, "demo", "bring metro up, measure it, draw the picture, stop it", _lab_demo)
     for parser in (up, down, restart, run):
         parser.add_argument("--dir", type=Path, required=True, metavar="DIR", help="the lab's directory")
@@ -389,6 +396,8 @@ def _lab_restart(arguments: argparse.Namespace) -> int:
 
 
 def _lab_run(arguments: argparse.Namespace) -> int:
+    if arguments.scenario is not None:
+        return _lab_scenario(arguments)
     from mesh.lab.state import LabDirectory
     from mesh.lab.traffic import run_traffic
 
@@ -396,6 +405,14 @@ def _lab_run(arguments: argparse.Namespace) -> int:
     result = run_traffic(lab, arguments.traffic, number=arguments.number)
     print(result)
     return 0 if result.is_clean and result.keys_checked else _EXIT_FAILED
+
+
+def _lab_scenario(arguments: argparse.Namespace) -> int:
+    from mesh.lab.control import Progress
+    from mesh.lab.scenarios import run_scenario
+
+    run_scenario(arguments.scenario, arguments.dir, Progress(), stand_in=arguments.stand_in)
+    return 0
 
 
 def _lab_demo(arguments: argparse.Namespace) -> int:

@@ -113,7 +113,8 @@ def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
         ("gateways", "/readyz", {entry["id"]: entry["http"] for entry in lab["gateways"]}),
     ):
         _wait(lambda p=places, q=path: missing_health(p, q), plan, progress, deadline_s)  # type: ignore[misc]
-        progress.done(f"{len(places)} {what} up")
+        if places:
+            progress.done(f"{len(places)} {what} up")
     reserves = plan.network.reserves
     wanted_keys = 1 if reserves.prefill and reserves.high_water_bytes > 0 else 0
     _wait(DeliveryCheck(lab, wanted_keys=wanted_keys).missing, plan, progress, deadline_s)

@@ -21,6 +21,8 @@ from mesh.lab.state import LabDirectory
 from mesh.pki.authority import CredentialFiles, Pki
 
 TOOL_ID = "lab"
+# People watch labs: what was killed is found again sooner than in production.
+_REDIAL_MAX_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +276,7 @@ class Planner:
                 }
             },
             "network": {"operator_public_key": str(self._dir.network / "operator.pub.pem")},
+            "redial_max_s": _REDIAL_MAX_S,
             "links": [
                 self._link(member_id, link) for link in self._network.links if member_id in link.between
             ],
