@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mesh.core.identity import Role
 from mesh.core.transfer import TransferHeader
-from mesh.errors import ConfigError, MeshError
+from mesh.errors import ConfigError, MeshError, PeerError
 from mesh.hub.config import HubConfig, build_policy, load_hub_config
 from mesh.hub.policy import PolicyHook
 from mesh.node.config import NodeConfig
@@ -64,6 +64,8 @@ class HubRelay(Relay):
         Raises:
             MeshError: the policy, the network document or the lane says no; nothing is spent.
         """
+        if item.hop != 0:
+            raise PeerError("a hub stands right behind its client")
         transfer = header.transfer
         try:
             self._policy.check(transfer.source, transfer.target, len(value), self._around.monotonic_s())

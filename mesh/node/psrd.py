@@ -50,6 +50,7 @@ from mesh.sources.psrd_file import CourierReader, CourierWriter, Progress, no_pr
 from mesh.sources.psrd_seal import COST_LOG2, SALT_BYTES
 from mesh.sources.randomness import RandomSource
 from mesh.store.database import disk_error
+from mesh.store.failpoints import fail_at
 from mesh.store.files import FileLayer, OsFiles
 from mesh.store.store import Store
 from mesh.store.tables import BlockRow, BlockState, ExtentRow, ExtentState, Tables
@@ -285,6 +286,7 @@ class PsrdTables:
                     data = await asyncio.to_thread(source.read, len(piece))
                     await self._write_pad(header, name, piece, data, made, is_issued=True)
                     await asyncio.to_thread(writer.write, data)
+            fail_at("courier.before_sync")
             await asyncio.to_thread(writer.finish)
             await asyncio.to_thread(self._files.sync_dir, order.path.parent)
         except OSError as error:

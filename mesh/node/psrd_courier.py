@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mesh.errors import CallerError, ConfigError, ErrorReason, UnavailableError
 from mesh.sources.psrd_file import MAGIC, wipe_bytes
+from mesh.store.failpoints import fail_at
 from mesh.store.files import File, FileLayer, OsFile, OsFiles
 
 _MAX_PASSPHRASE_BYTES = 1024
@@ -107,8 +108,10 @@ def name_courier(files: FileLayer, path: Path) -> None:
         UnavailableError: the disk refuses; the table is issued all the same.
     """
     try:
+        fail_at("courier.before_name")
         files.rename(_partial(path), path)
         files.sync_dir(path.parent)
+        fail_at("courier.after_name")
     except OSError as error:
         raise UnavailableError(
             "the table is issued, but its courier file could not be renamed: rename it by hand",
@@ -163,13 +166,16 @@ def wipe_courier(path: Path) -> None:
 
 
 def _wipe(files: FileLayer, path: Path) -> None:
+    fail_at("courier.before_wipe")
     file = files.open(path)
     try:
         wipe_bytes(file)
     finally:
         file.close()
+    fail_at("courier.before_unlink")
     files.unlink(path)
     files.sync_dir(path.parent)
+    fail_at("courier.after_unlink")
 
 
 def _partial(path: Path) -> Path:

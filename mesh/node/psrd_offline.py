@@ -98,7 +98,7 @@ async def _tables(config: NodeConfig, peer: str) -> AsyncIterator[PsrdTables]:
             spawn=_refuse_work,
         )
         await lanes.load()
-        yield PsrdTables(
+        tables = PsrdTables(
             store,
             lanes,
             domain_id=config.domain_id,
@@ -106,6 +106,8 @@ async def _tables(config: NodeConfig, peer: str) -> AsyncIterator[PsrdTables]:
             changed=_nobody,
             randomness=os.urandom,
         )
+        tables.finish_couriers()
+        yield tables
     finally:
         await asyncio.shield(store.aclose())
 

@@ -291,9 +291,12 @@ class CourierReader:
 
 
 def wipe_bytes(file: ByteFile) -> None:
-    """Overwrite a courier file with zeros, durably; flash may keep old blocks all the same."""
+    """Overwrite a courier file with zeros, durably; flash may keep old blocks all the same.
+
+    The magic stays, so that a file whose removal a crash cut short is still known for what it was.
+    """
     size = file.size()
-    for at in range(0, size, _WIPE_BYTES):
+    for at in range(len(MAGIC), size, _WIPE_BYTES):
         file.pwrite(bytes(min(_WIPE_BYTES, size - at)), at)
     file.sync()
 

@@ -3,7 +3,7 @@
 A failpoint does nothing until the environment names it,
 ``KEYMESH_FAILPOINT=name[:count]``: the process then kills itself with SIGKILL at
 the count-th passage (1 by default), as a crash would. Tests of the same process
-arm a callback instead. The name must be in ``ALL``, so a typo cannot pass as a
+arm a callback instead. The name must be in ``ALL`` or ``COURIER``, so a typo cannot pass as a
 test that survived.
 """
 
@@ -34,11 +34,22 @@ ALL: frozenset[str] = frozenset(
         "pads.remove.after",
     }
 )
+#: Of courier files, which only issuing and importing pass.
+COURIER: frozenset[str] = frozenset(
+    {
+        "courier.before_sync",
+        "courier.before_name",
+        "courier.after_name",
+        "courier.before_wipe",
+        "courier.before_unlink",
+        "courier.after_unlink",
+    }
+)
 
 
 def _parse(text: str) -> tuple[str, int]:
     name, _, count = text.partition(":")
-    if name not in ALL or not (count or "1").isdecimal() or int(count or "1") < 1:
+    if name not in ALL | COURIER or not (count or "1").isdecimal() or int(count or "1") < 1:
         raise ConfigError(f"{VARIABLE} must be a known failpoint name[:count]", facts={"value": text})
     return name, int(count or "1")
 
@@ -70,7 +81,7 @@ def fail_at(name: str) -> None:
 
 def arm(name: str, callback: Callable[[], None]) -> None:
     """Run ``callback`` at every passage of ``name`` (tests); it may raise."""
-    if name not in ALL:
+    if name not in ALL | COURIER:
         raise ConfigError("unknown failpoint", facts={"name": name})
     _state.armed[name] = callback
     _state.is_quiet = False
