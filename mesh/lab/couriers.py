@@ -33,9 +33,9 @@ def supply_links(network: Network, directory: LabDirectory, *, deadline_s: float
     Raises:
         UnavailableError: not done by the deadline, or the disk is full.
     """
-    links = [link for link in network.links if link.courier_bytes]
+    links = [link for link in network.links if link.is_couriered]
     hubs = {hub.id for hub in network.hubs}
-    total = sum(2 * link.courier_bytes for link in links)
+    total = sum(sum(link.courier_bytes) for link in links)
     folder = directory.courier_folder(total)
     busy: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -45,7 +45,12 @@ def supply_links(network: Network, directory: LabDirectory, *, deadline_s: float
 
     async def supply(link: LinkSpec) -> None:
         issuer = network.issuer(link)
-        client = next(end for end in link.between if end != issuer)
+        to_second, to_first = link.courier_bytes
+        client, to_client, from_client = (
+            (link.between[1], to_second, to_first)
+            if issuer == link.between[0]
+            else (link.between[0], to_first, to_second)
+        )
         first, second = sorted(link.between)
         # A data directory takes one order at a time; in this order nobody waits in a circle.
         async with busy[first], busy[second]:
@@ -53,8 +58,8 @@ def supply_links(network: Network, directory: LabDirectory, *, deadline_s: float
                 config(issuer),
                 config(client),
                 folder / f"{link.link_id}.psrd",
-                to_client_bytes=link.courier_bytes,
-                from_client_bytes=link.courier_bytes,
+                to_client_bytes=to_client,
+                from_client_bytes=from_client,
             )
 
     async def supply_all() -> None:

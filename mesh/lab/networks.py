@@ -64,7 +64,8 @@ class LinkSpec(_Section, frozen=True, kw_only=True):
     Attributes:
         between: two nodes, or a node and a hub.
         psrd_bytes: pre-shared random data per lane, carried by courier at start, as bytes or with a
-            unit ("64MiB"); then the link has no device.
+            unit ("64MiB"); two of them are for the lane from the first end of ``between`` to the
+            second, and for the way back. The link then has no device.
         rate_bps: secret key rate of the device pair, bit/s.
         qber: its quantum bit error rate, a fraction.
         initial_bytes: key that the device pair holds at start.
@@ -76,7 +77,7 @@ class LinkSpec(_Section, frozen=True, kw_only=True):
     """
 
     between: Annotated[list[_Id], msgspec.Meta(min_length=2, max_length=2)]
-    psrd_bytes: int | str = 0
+    psrd_bytes: int | str | Annotated[list[int | str], msgspec.Meta(min_length=2, max_length=2)] = 0
     rate_bps: Annotated[float, msgspec.Meta(ge=0)] = 3.95e6
     qber: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.02
     initial_bytes: _Bytes = 8 << 20
@@ -92,16 +93,22 @@ class LinkSpec(_Section, frozen=True, kw_only=True):
         return "--".join(sorted(self.between))
 
     @property
-    def courier_bytes(self) -> int:
-        """``psrd_bytes`` in bytes; 0 where a device feeds the link.
+    def courier_bytes(self) -> tuple[int, int]:
+        """``psrd_bytes`` in bytes, there and back; (0, 0) where a device feeds the link.
 
         Raises:
             ConfigError: not a size.
         """
+        there, back = self.psrd_bytes if isinstance(self.psrd_bytes, list) else (self.psrd_bytes,) * 2
         try:
-            return parse_size(str(self.psrd_bytes), field="psrd_bytes")
+            return parse_size(str(there), field="psrd_bytes"), parse_size(str(back), field="psrd_bytes")
         except CallerError as error:
             raise ConfigError(error.message, facts=error.facts) from error
+
+    @property
+    def is_couriered(self) -> bool:
+        """Whether courier files feed the link."""
+        return any(self.courier_bytes)
 
 
 class EtcdSpec(_Section, frozen=True, kw_only=True):
@@ -259,8 +266,10 @@ def _check(network: Network) -> None:
             raise ConfigError(
                 f"links[{index}].buffer_bytes: less than initial_bytes; raise it or leave it out"
             )
-        if 0 < link.courier_bytes < MIN_DIRECTION_BYTES:
-            raise ConfigError(f"links[{index}].psrd_bytes: at least {MIN_DIRECTION_BYTES}, or 0 for a device")
+        if link.is_couriered and min(link.courier_bytes) < MIN_DIRECTION_BYTES:
+            raise ConfigError(
+                f"links[{index}].psrd_bytes: at least {MIN_DIRECTION_BYTES} per lane, or 0 for a device"
+            )
     if len(network.homes) < 2:
         raise ConfigError("nodes: SAEs at two different nodes are needed; add gateways with saes")
     if network.nodes[0].id not in network.homes:

@@ -107,7 +107,7 @@ class Planner:
         for member in plan.members:
             self._plan_etcd(member)
         for link in self._network.links:
-            if not link.courier_bytes:
+            if not link.is_couriered:
                 self._plan_device(link)
         self._plan_wan()
         for hub in self._network.hubs:
@@ -307,10 +307,10 @@ class Planner:
         peer = next(end for end in link.between if end != kme_id)
         section: dict[str, Any] = {
             "peer": peer,
-            "pool_max_bytes": max(link.pool_max_bytes, link.courier_bytes),
+            "pool_max_bytes": max(link.pool_max_bytes, *link.courier_bytes),
             "window_bytes": link.window_bytes,
         }
-        if not link.courier_bytes:
+        if not link.is_couriered:
             files = self._pki.device_client(kme_id).save(self._dir.pki, f"{kme_id}-at-{link.link_id}")
             section["device"] = {
                 "url": self._device_url[link.link_id, kme_id],
