@@ -175,6 +175,10 @@ class EtcdDirectory:
         """See ``Directory.publish_marks``."""
         self._publisher.want(self._key("marks", kme_id), msgspec.json.encode(marks), leased=False)
 
+    async def withdraw(self) -> None:
+        """See ``Directory.withdraw``."""
+        self._publisher.want_no_leased()
+
     def staleness_s(self) -> float:
         """See ``Directory.staleness_s``; some seconds while all is well (the watch's heartbeat)."""
         return self._clock() - self._follower.answered_at_s

@@ -56,6 +56,13 @@ class Publisher:
             self._dirty.add(key)
             self._wake.set()
 
+    def want_no_leased(self) -> None:
+        """Has no entry of this end's hang on the lease any more; it is given back, so that they vanish."""
+        for key in [key for key, wanted in self._wanted.items() if wanted.leased]:
+            del self._wanted[key]
+            self._dirty.discard(key)
+            self._wake.set()
+
     def lost(self, key: bytes) -> None:
         """Told that etcd no longer has ``key``: writes it again if it is ours."""
         if key in self._wanted:
@@ -98,6 +105,9 @@ class Publisher:
             self._lease = 0
 
     async def _round(self) -> None:
+        if self._lease and not any(wanted.leased for wanted in self._wanted.values()):
+            await self._client.revoke(self._lease)
+            self._lease = 0
         if self._lease and self._clock() >= self._renew_at_s:
             if await self._client.keep_alive(self._lease) == 0:
                 self._lease = 0
@@ -111,5 +121,5 @@ class Publisher:
             key = next(iter(self._dirty))
             wanted = self._wanted[key]
             await self._client.put(key, wanted.value, lease=self._lease if wanted.leased else 0)
-            if self._wanted[key] is wanted:
+            if self._wanted.get(key, wanted) is wanted:
                 self._dirty.discard(key)

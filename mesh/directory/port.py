@@ -116,6 +116,9 @@ class Directory(Protocol):
     async def publish_marks(self, kme_id: str, marks: MarksCopy) -> None:
         """Publishes the second copy of the marks, without a lease."""
 
+    async def withdraw(self) -> None:
+        """Takes record and levels out until they are published again; the marks stay."""
+
     def staleness_s(self) -> float:
         """Seconds since the directory last answered; infinite if it never did. 0 for a static file."""
 

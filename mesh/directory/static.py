@@ -147,6 +147,12 @@ class StaticDirectory:
         self._marks[check_kme_id(kme_id)] = marks
         self._listeners.tell()
 
+    async def withdraw(self) -> None:
+        """See ``Directory.withdraw``."""
+        self._published.clear()
+        self._levels.clear()
+        self._listeners.tell()
+
     def staleness_s(self) -> float:
         """See ``Directory.staleness_s``: a file is never stale."""
         return 0.0

@@ -17,7 +17,14 @@ from mesh.core.network import NetworkDocument
 from mesh.core.policy import AccessRule, AccessTable, Quotas
 from mesh.core.reserve import slots_per_key
 from mesh.core.transfer import KEY_PART_BYTES
-from mesh.errors import CallerError, ErrorReason, MeshError, NotAuthorizedError, ShortageError
+from mesh.errors import (
+    CallerError,
+    ErrorReason,
+    MeshError,
+    NotAuthorizedError,
+    RolledBackError,
+    ShortageError,
+)
 from mesh.node.appends import Appender
 from mesh.node.deposits import InboundDeposits
 from mesh.node.establish import Establisher
@@ -25,13 +32,15 @@ from mesh.node.jobs import Jobs, open_epoch_attachment
 from mesh.node.keyports import DocumentView, Incarnation, KeyPlaneConfig, PeerCaller, RoutePort, Surroundings
 from mesh.node.keystore import LOCAL_GRADE, StoredKeys
 from mesh.node.ports import LinkPlanePort
+from mesh.node.publishing import ALARM as DIRECTORY_DOUBTS
 from mesh.node.redeem import Redeemer
 from mesh.node.relay import Relay, ShareRouter
-from mesh.node.reserves import Reserves
+from mesh.node.reserves import RETIRE_ALL, Reserves
 from mesh.node.retire import Retirer
 from mesh.node.supply import Keys, Supply
-from mesh.node.tasks import Background
+from mesh.node.tasks import Background, unbroken
 from mesh.store.store import Store
+from mesh.store.tables import Tables
 from mesh.v1.admin_pb2 import ReserveStatus
 from mesh.v1.keys_pb2 import KeyByIdRequest, KeyRequest, Level, StatusRequest, StatusResponse
 
@@ -41,6 +50,7 @@ _WATCH_EVERY_S = 0.5
 _MAX_PAIRS = 16_384
 _MAX_PREFILL_CHECKS = 100_000
 _TOMBSTONE_DAYS = 2
+_ALL_EXPIRED_S = 1 << 40
 
 _LOG = logging.getLogger("keymesh.keyplane")
 
@@ -266,6 +276,30 @@ class KeyPlane:
         problem = self.stopped_by()
         if problem is not None:
             raise problem
+
+    async def forget_after_rollback(self) -> None:
+        """The operator goes on with a disk that was rolled back: keys held here may have been handed
+        out already in the life that it forgot, so none of them is from now on (invariant 6).
+
+        Raises:
+            UnavailableError: that could not be made durable; the node stays stopped.
+        """
+        if isinstance(self.stopped_by(), RolledBackError):
+            await unbroken(self._void_held())
+            self._around.alarms.clear(DIRECTORY_DOUBTS)
+
+    async def _void_held(self) -> None:
+        books = list(self.reserves.inbound_books())
+        retiring = [book.retiring(RETIRE_ALL) for book in books]
+
+        def change(tables: Tables) -> list[list[str]]:
+            tables.keystore.expire(_ALL_EXPIRED_S)
+            return [retire(tables) for retire in retiring]
+
+        files = await self._store.commit(change)
+        for book, own in zip(books, files, strict=True):
+            book.retired(RETIRE_ALL, own)
+        _LOG.warning("keys held before a rollback are void", extra={"reserves": len(books)})
 
     def _document(self) -> NetworkDocument:
         self.check_serving()

@@ -47,6 +47,10 @@ class AlarmPort(Protocol):
         """Opens an alarm or counts it again."""
         ...
 
+    def clear(self, alarm_id: str) -> bool:
+        """Closes an alarm whose condition is over."""
+        ...
+
 
 class DocumentView(Protocol):
     """The network document in force, from the directory or pinned."""

@@ -246,13 +246,7 @@ class Node:
         stack.push_async_callback(channels.close)
         self._build_links(channels, stack)
         self._build_plane(channels, settings)
-        await self._start_server(files, stack)
-
-        await self.directory.start()
-        stack.push_async_callback(self.directory.stop)
-        await self._start_plane(stack)
-        await self.links.start()
-        stack.push_async_callback(self.links.stop)
+        self._build_server(files, stack)
         self.publisher = Publisher(
             self.directory,
             self.store,
@@ -266,6 +260,16 @@ class Node:
         )
         if (plane := self._key_plane()) is not None:
             plane.stopped_by = self._stopped_by
+
+        await self.directory.start()
+        stack.push_async_callback(self.directory.stop)
+        await self._start_plane(stack)
+        # Stopped after the links (their streams would outlast its grace), before the planes.
+        stack.push_async_callback(self.server.stop, 2.0)
+        await self.links.start()
+        stack.push_async_callback(self.links.stop)
+        self.publisher.check_copy()
+        await self.server.start(config.listen.grpc)
         self.tasks.spawn(self.publisher.run())
         self.tasks.spawn(self._sample(Path(config.tls.cert)))
         if config.access_file is not None:
@@ -337,7 +341,6 @@ class Node:
             peers=GrpcPeers(lambda peer: self._channel(channels, peer, Role.NODE)),
             incarnation=Incarnation(self.incarnation, self.is_proven),
         )
-        self.plane.stopped_by = lambda: self.links.refusal
         self.links.handler = self.plane.shares
 
     async def _start_plane(self, stack: contextlib.AsyncExitStack) -> None:
@@ -351,7 +354,7 @@ class Node:
         """What ends routes here; a hub has none."""
         return self.plane
 
-    async def _start_server(self, files: TlsFiles, stack: contextlib.AsyncExitStack) -> None:
+    def _build_server(self, files: TlsFiles, stack: contextlib.AsyncExitStack) -> None:
         config = self.config
         audit = None
         if config.audit_log is not None:
@@ -380,8 +383,6 @@ class Node:
             ),
         )
         self.server.add(add_link_service, LinkService(self.links, lambda: caller().id))
-        await self.server.start(config.listen.grpc)
-        stack.push_async_callback(self.server.stop, 2.0)
 
     async def _start_ops(self, stack: contextlib.AsyncExitStack) -> None:
         host, port = split_host_port(self.config.listen.http)
@@ -421,14 +422,32 @@ class Node:
 
     def _stopped_by(self) -> MeshError | None:
         """A rolled-back disk must not serve: it would redeem keys a second time (invariants 4 and 6)."""
-        if self.links.refusal is None and self.publisher.doubts():
-            return RolledBackError("the directory remembers a newer disk than this node's")
-        return self.links.refusal
+        if self.links.refusal is not None:
+            return self.links.refusal
+        if self.publisher.doubts():
+            return RolledBackError("the directory remembers a newer disk: see the alarm node/rolled-back")
+        if self._waits_for_a_peer():
+            return UnavailableError(
+                "restarted without proof: waits for a neighbour to say that this disk is current",
+                retry_after_s=1.0,
+            )
+        return None
+
+    def _waits_for_a_peer(self) -> bool:
+        """Whether nobody could say yet that this is not an older disk (protocol 1.10 and 7).
+
+        A verified hello settles a link's lanes, and so does the operator by resetting it.
+        """
+        links = self.links.links.values()
+        return bool(links) and not self.store.is_new and not any(link.lanes.is_settled for link in links)
 
     def missing(self) -> Sequence[str]:
         """What keeps the node from serving; empty when it is ready."""
+        stopped_by = self._stopped_by()
         return missing_for_service(
-            self.links, self.directory, is_doubted=self.publisher.doubts(), is_stopping=self.is_stopping
+            self.directory,
+            stopped_by="" if stopped_by is None else stopped_by.message,
+            is_stopping=self.is_stopping,
         )
 
     def status(self) -> NodeStatus:

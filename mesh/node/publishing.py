@@ -23,6 +23,7 @@ from mesh.store.tables import Tables
 
 COARSE_BYTES = 64 * 1024
 INTERVAL_S = 5.0
+_LOOK_EVERY_S = 0.5
 ALARM = "node/rolled-back"
 STALE_ALARM = "directory/stale"
 STALE_AFTER_S = 30.0
@@ -103,6 +104,7 @@ class Publisher:
         )
         self._start_marks = store.read(own_marks)
         self._is_checked = False
+        self._is_withdrawn = False
         self._doubted: list[str] = []
 
     def doubts(self) -> bool:
@@ -119,7 +121,8 @@ class Publisher:
             self._doubted = []
         return bool(self._doubted)
 
-    def _check_copy(self) -> None:
+    def check_copy(self) -> None:
+        """Compare the directory's copy, once it is there, with the marks that this start found on disk."""
         copy = self._directory.marks(self._kme_id)
         if self._is_checked or copy is None:
             return
@@ -138,10 +141,10 @@ class Publisher:
     async def run(self) -> None:
         """Publish until cancelled."""
         await self._directory.publish_node(self._record)
-        self._check_copy()
+        self.check_copy()
         while True:
             if self._directory.staleness_s() <= STALE_AFTER_S:
-                self._check_copy()
+                self.check_copy()
                 self._alarms.clear(STALE_ALARM)
             else:
                 self._alarms.raise_alarm(
@@ -150,9 +153,33 @@ class Publisher:
                     "the directory does not answer; going on with what was last known",
                     "look at etcd and at the path to it; routes and new homes are not followed meanwhile",
                 )
-            if not self.doubts():
-                await self._publish()
-            await asyncio.sleep(INTERVAL_S)
+            await self.publish()
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Until the next round, or a refusal begins or ends."""
+        end_s = asyncio.get_running_loop().time() + INTERVAL_S
+        while asyncio.get_running_loop().time() < end_s:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            if (self._links.refusal is not None) != self._is_withdrawn:
+                return
+
+    async def publish(self) -> None:
+        """Publish what is now; nothing of a disk that is not current.
+
+        A node that was refused takes its record out: it may be a copy, and the others must reach
+        the original. The copy of the marks stays as it is, for the operator and the next start.
+        """
+        if self._links.refusal is not None:
+            if not self._is_withdrawn:
+                self._is_withdrawn = True
+                await self._directory.withdraw()
+            return
+        if self._is_withdrawn:
+            self._is_withdrawn = False
+            await self._directory.publish_node(self._record)
+        if not self.doubts():
+            await self._publish()
 
     async def _publish(self) -> None:
         levels = {}

@@ -113,17 +113,13 @@ class Telemetry:
         return lane.usable * (now_s - before[0]) / (lane.position - before[1])
 
 
-def missing_for_service(
-    links: LinkPlane, directory: Directory, *, is_doubted: bool, is_stopping: bool
-) -> Sequence[str]:
+def missing_for_service(directory: Directory, *, stopped_by: str, is_stopping: bool) -> Sequence[str]:
     """What keeps a node from serving, in words; a node with reserves serves also without links."""
     missing: list[str] = []
     if is_stopping:
         missing.append("the node is stopping")
     if directory.document is None:
         missing.append("no network document yet")
-    if links.refusal is not None:
-        missing.append(f"stopped: {links.refusal.message}")
-    if is_doubted:
-        missing.append("the directory remembers a newer disk: see the alarm node/rolled-back")
+    if stopped_by:
+        missing.append(f"stopped: {stopped_by}")
     return missing

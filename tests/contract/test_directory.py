@@ -117,6 +117,21 @@ async def test_published_levels_and_marks_are_seen(world: World) -> None:
     assert world.directory.marks("kme-b") is None
 
 
+async def test_what_is_withdrawn_vanishes_until_it_is_published_again_and_the_marks_stay(
+    world: World,
+) -> None:
+    directory = world.directory
+    marks = MarksCopy("ab" * 16, {"lane/kme-b/out": 65536})
+    await directory.publish_marks("kme-a", marks)
+    for _ in range(2):
+        await directory.publish_node(RECORD)
+        await directory.publish_levels(NodeLevels("kme-a", {}, {"kme-b": 1}))
+        await eventually(lambda: "kme-a" in directory.peers() and "kme-a" in directory.levels)
+        await directory.withdraw()
+        await eventually(lambda: "kme-a" not in directory.peers() and "kme-a" not in directory.levels)
+    assert directory.marks("kme-a") == marks
+
+
 async def test_nodes_that_the_document_does_not_know_are_not_there(world: World) -> None:
     await world.directory.publish_node(RECORD)
     await eventually(lambda: "kme-a" in world.directory.peers())

@@ -83,6 +83,22 @@ async def test_two_nodes_see_each_other_and_a_stop_withdraws_at_once(tmp_path: P
         assert a.address("kme-b") == "127.0.0.1:1002"
 
 
+async def test_a_copy_that_withdraws_gives_the_original_its_place_back(tmp_path: Path) -> None:
+    """A clone of a node publishes its own address first; once refused it must not stand in the way."""
+    async with (
+        running_etcd(tmp_path) as etcd,
+        directory(etcd, "kme-b") as peer,
+        directory(etcd, "kme-a", lease_s=60) as original,
+        directory(etcd, "kme-a", lease_s=60) as clone,
+    ):
+        await original.publish_node(record("kme-a", 1001))
+        await eventually(lambda: peer.address("kme-a") == "127.0.0.1:1001")
+        await clone.publish_node(record("kme-a", 6666))
+        await eventually(lambda: peer.address("kme-a") == "127.0.0.1:6666")
+        await clone.withdraw()
+        await eventually(lambda: peer.address("kme-a") == "127.0.0.1:1001")
+
+
 async def test_a_node_that_died_disappears_when_its_lease_ends(tmp_path: Path) -> None:
     async with running_etcd(tmp_path) as etcd, directory(etcd, "kme-a") as a:
         other = etcd.client("kme-b")

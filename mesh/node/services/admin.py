@@ -84,6 +84,8 @@ class AdminService(AdminServicer):
             raise CallerError(
                 "confirm_peer_kme_id must repeat peer_kme_id", facts={"field": "confirm_peer_kme_id"}
             )
+        if self._plane is not None:
+            await self._plane.forget_after_rollback()
         transmit, receive = await self._links.reset_link(request.peer_kme_id)
         return pb.ResetLinkResponse(transmit_epoch=transmit, receive_epoch=receive)
 
