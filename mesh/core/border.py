@@ -30,7 +30,7 @@ class Outbound(StrEnum):
     RECALLING = "recalling"
     """The peer does not have it any more; its owner is asked to take it back."""
     VOIDING = "voiding"
-    """Not ours any more; the peer must void it and has not said so yet."""
+    """Not ours any more; the peer is asked to void it until it says so."""
     VOIDED = "voided"
     """Neither end has it: a tombstone."""
     DROPPED = "dropped"
@@ -87,7 +87,7 @@ class Inbound(StrEnum):
     RECALLING = "recalling"
     """A target's side does not have it any more; the peer is asked to void it."""
     VOIDED = "voided"
-    """Neither end has it: a tombstone."""
+    """No target has it: a tombstone. The peer is told, unless the void was its own."""
 
 
 class InboundEvent(StrEnum):
@@ -123,10 +123,6 @@ class Action(StrEnum):
     TELL_FAILED = "tell-failed"
     """Tell the owner of an outbound key that it must not be released."""
     RECALL = "recall"
-    VOID_PEER = "void-peer"
-    """Have the peer void it."""
-    TELL_PEER_VOID = "tell-peer-void"
-    """The same, unless the peer has voided it itself."""
     VOID_TARGETS = "void-targets"
     ACK_RELAYED = "ack-relayed"
     ACK_FAILED = "ack-failed"
@@ -199,14 +195,14 @@ OUTBOUND: Machine[Outbound, OutboundEvent] = Machine(
         (_OPEN, (_E.TAKEN,), _O.ACCEPTED, ()),
         (_OPEN, (_E.REFUSED_CLEAN,), _O.DROPPED, _FAIL),
         # An earlier request may still lie somewhere, and be read later.
-        (_OPEN, (_E.REFUSED,), _O.VOIDING, (*_FAIL, _A.VOID_PEER)),
+        (_OPEN, (_E.REFUSED,), _O.VOIDING, _FAIL),
         (_OPEN, (_E.ACK_RELAYED,), _O.RELAYED, (_A.WIPE, _A.TELL_RELAYED)),
         # Only 400 and 401 say that the peer holds nothing, so that every other failure ends in a void.
         (
             _OPEN,
             (_E.ACK_FAILED, _E.ACK_VOIDED, _E.ACK_NOT_PRESENT, _E.GIVE_UP, _E.WITHDRAWN),
             _O.VOIDING,
-            (*_FAIL, _A.VOID_PEER),
+            _FAIL,
         ),
         (_OPEN, (_E.ACK_VOID_FAILED, _E.ACK_VOID_KEPT), None, ()),
         (_OPEN, (_E.PEER_VOID,), _O.VOIDED, (*_FAIL, _A.ANSWER_VOIDED)),
@@ -219,7 +215,7 @@ OUTBOUND: Machine[Outbound, OutboundEvent] = Machine(
             (_A.RECALL, _A.ALARM),
         ),
         ((_O.RELAYED,), (_E.PEER_VOID,), _O.RECALLING, (_A.RECALL,)),
-        ((_O.RELAYED,), (_E.GIVE_UP, _E.WITHDRAWN), _O.VOIDING, (_A.VOID_PEER,)),
+        ((_O.RELAYED,), (_E.GIVE_UP, _E.WITHDRAWN), _O.VOIDING, ()),
         (
             (_O.RECALLING,),
             (*_LATE_ACKS, _E.ACK_RELAYED, _E.TAKEN, _E.REFUSED, _E.REFUSED_CLEAN, _E.PEER_VOID),
@@ -227,7 +223,7 @@ OUTBOUND: Machine[Outbound, OutboundEvent] = Machine(
             (),
         ),
         # An owner that gives a key up has not released it: as good as taken back.
-        ((_O.RECALLING,), (_E.RECALLED, _E.GIVE_UP, _E.WITHDRAWN), _O.VOIDING, (_A.VOID_PEER,)),
+        ((_O.RECALLING,), (_E.RECALLED, _E.GIVE_UP, _E.WITHDRAWN), _O.VOIDING, ()),
         ((_O.RECALLING,), (_E.RECALLED_AS_ASKED,), _O.VOIDED, (_A.ANSWER_VOIDED, _A.REPORT_VOIDED)),
         ((_O.RECALLING,), (_E.NOT_RECALLED,), _O.RELAYED, (_A.ANSWER_VOID_FAILED,)),
         ((_O.VOIDING,), (_E.ACK_VOIDED, _E.ACK_NOT_PRESENT), _O.VOIDED, (_A.REPORT_VOIDED,)),
@@ -247,14 +243,14 @@ OUTBOUND: Machine[Outbound, OutboundEvent] = Machine(
         ((_O.VOIDING,), (_E.RECALLED, _E.RECALLED_AS_ASKED), None, ()),
         ((_O.VOIDING,), (_E.EXHAUSTED,), _O.UNRESOLVED, (_A.REPORT_KEPT, _A.ALARM)),
         # A peer that relays, or takes, what it had given up holds it again.
-        (_GONE, (_E.ACK_RELAYED, _E.TAKEN), _O.VOIDING, (_A.VOID_PEER,)),
+        (_GONE, (_E.ACK_RELAYED, _E.TAKEN), _O.VOIDING, ()),
         (_GONE, (*_LATE_ACKS, _E.REFUSED, _E.REFUSED_CLEAN, _E.NOT_RECALLED), None, ()),
         (_GONE, (_E.RECALLED, _E.RECALLED_AS_ASKED, _E.EXHAUSTED), None, ()),
         (_GONE, (_E.PEER_VOID,), None, (_A.ANSWER_VOIDED,)),
         (_GONE, (_E.GIVE_UP, _E.WITHDRAWN), None, (_A.REPORT_VOIDED,)),
         ((_O.UNRESOLVED,), (_E.ACK_VOIDED, _E.ACK_NOT_PRESENT), _O.VOIDED, ()),
         ((_O.UNRESOLVED,), (_E.PEER_VOID,), _O.VOIDED, (_A.ANSWER_VOIDED,)),
-        ((_O.UNRESOLVED,), (_E.ACK_RELAYED, _E.TAKEN), _O.VOIDING, (_A.VOID_PEER,)),
+        ((_O.UNRESOLVED,), (_E.ACK_RELAYED, _E.TAKEN), _O.VOIDING, ()),
         (
             (_O.UNRESOLVED,),
             (_E.ACK_FAILED, _E.ACK_VOID_FAILED, _E.ACK_VOID_KEPT, _E.REFUSED, _E.REFUSED_CLEAN),
@@ -273,25 +269,27 @@ INBOUND: Machine[Inbound, InboundEvent] = Machine(
     "inbound",
     [
         ((_I.HELD,), (_F.REPEATED, _F.ACK_LOST), None, ()),
-        ((_I.HELD,), (_F.CARRIED,), _I.RELAYED, (_A.WIPE, _A.ACK_RELAYED)),
+        # The bytes stay a while: a repeated request must be compared with them.
+        ((_I.HELD,), (_F.CARRIED,), _I.RELAYED, (_A.ACK_RELAYED,)),
         ((_I.HELD,), (_F.NOT_CARRIED_CLEAN,), _I.FAILED, (_A.WIPE, _A.ACK_FAILED)),
         ((_I.HELD,), (_F.NOT_CARRIED,), _I.FAILING, (_A.WIPE, _A.VOID_TARGETS)),
         ((_I.HELD,), (_F.RECALL,), _I.FAILING, (_A.WIPE, _A.VOID_TARGETS, _A.REPORT_VOIDED)),
         ((_I.HELD,), (_F.PEER_VOID,), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
         ((_I.RELAYED,), (_F.REPEATED,), None, (_A.ACK_RELAYED,)),
         ((_I.RELAYED,), (*_CARRY, *_PEER_ANSWERS), None, ()),
-        ((_I.RELAYED,), (_F.PEER_VOID, _F.ACK_LOST), _I.VOIDING, (_A.VOID_TARGETS,)),
-        ((_I.RELAYED,), (_F.RECALL,), _I.RECALLING, (_A.VOID_PEER,)),
+        ((_I.RELAYED,), (_F.PEER_VOID, _F.ACK_LOST), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
+        ((_I.RELAYED,), (_F.RECALL,), _I.RECALLING, (_A.WIPE,)),
         ((_I.FAILING,), (_F.TARGETS_VOIDED,), _I.FAILED, (_A.ACK_FAILED,)),
         ((_I.FAILING,), (_F.TARGETS_KEPT,), _I.FAILED, (_A.ACK_FAILED, _A.ALARM)),
         ((_I.FAILING,), (_F.PEER_VOID,), _I.VOIDING, ()),
         ((_I.FAILING,), (_F.RECALL,), None, (_A.REPORT_VOIDED,)),
         ((_I.FAILING,), (*_CARRY, _F.REPEATED, _F.ACK_LOST), None, ()),
         ((_I.FAILED,), (_F.REPEATED,), None, (_A.ACK_FAILED,)),
-        ((_I.FAILED,), (_F.PEER_VOID,), _I.VOIDED, (_A.ANSWER_VOIDED,)),
+        # What failed here may still be voiding further on.
+        ((_I.FAILED,), (_F.PEER_VOID,), _I.VOIDING, (_A.VOID_TARGETS,)),
         ((_I.FAILED,), (_F.RECALL,), None, (_A.REPORT_VOIDED,)),
         ((_I.FAILED,), (*_CARRY, _F.ACK_LOST, _F.TARGETS_VOIDED, _F.TARGETS_KEPT), None, ()),
-        ((_I.VOIDING,), (_F.TARGETS_VOIDED,), _I.VOIDED, (_A.ANSWER_VOIDED, _A.TELL_PEER_VOID)),
+        ((_I.VOIDING,), (_F.TARGETS_VOIDED,), _I.VOIDED, (_A.ANSWER_VOIDED,)),
         ((_I.VOIDING,), (_F.TARGETS_KEPT,), _I.RELAYED, (_A.ANSWER_VOID_FAILED, _A.ALARM)),
         ((_I.VOIDING,), (_F.RECALL,), None, (_A.REPORT_VOIDED,)),
         ((_I.VOIDING,), (*_CARRY, *_PEER_ANSWERS, _F.PEER_VOID, _F.ACK_LOST), None, ()),

@@ -92,12 +92,12 @@ def unseal(envelope: Envelope, ciphertext: bytes, tag: bytes, *, tag_parts: byte
     return otp.xor(ciphertext, memoryview(key_parts)[KEY_PART_BYTES : KEY_PART_BYTES + len(ciphertext)])
 
 
-def answer_tag(key_parts: bytes, envelope: Envelope, answer: bytes) -> bytes:
+def answer_tag(key_parts: bytes, job_id: bytes, answer: bytes) -> bytes:
     """The 16-byte tag of the single answer, under the key part of the message's first slot.
 
     The caller keeps the invariant: one answer per message, stored and resent byte for byte.
     """
-    return mac.one_time_tag(key_parts[:KEY_PART_BYTES], _ANSWER_LABEL, envelope.job_id, answer)
+    return mac.one_time_tag(key_parts[:KEY_PART_BYTES], _ANSWER_LABEL, job_id, answer)
 
 
 def verify_answer(key_part: bytes, envelope: Envelope, answer: bytes, tag: bytes) -> None:

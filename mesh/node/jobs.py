@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from mesh.core.ranges import Range
@@ -27,11 +28,31 @@ from mesh.v1.peer_pb2 import DepositRequest, DepositResponse, OpenEpoch, SealedA
 SEALED_SLOTS = 32
 _SEND_TIMEOUT_S = 3.0
 _FIRST_PAUSE_S = 0.2
+_PENDING_PAUSE_S = 0.02
 _MAX_PAUSE_S = 30.0
 _MAX_REFUSALS = 8
 _JOB_KIND = "sealed"
 
 _LOG = logging.getLogger("keymesh.jobs")
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The end of a sealed message that has an owner.
+
+    Attributes:
+        context: what the owner stored with it.
+        answer: None when it was given up: the target lost its state, and so all that it held.
+    """
+
+    job_id: bytes
+    peer: str
+    context: bytes
+    answer: SealedAnswer | None
+
+
+Handler = Callable[[Answered], Awaitable[None]]
+"""Takes an answer over durably, and deletes the job in that very commit."""
 
 
 @dataclass(slots=True, repr=False)
@@ -40,6 +61,8 @@ class _Job:
 
     job_id: bytes
     peer: str
+    kind: str
+    context: bytes
     request: DepositRequest
     answer_key: bytes
     answered: asyncio.Future[SealedAnswer]
@@ -66,11 +89,17 @@ class Jobs:
         self._tasks = tasks
         self._open: dict[bytes, _Job] = {}
         self._filling: dict[str, asyncio.Lock] = {}
+        self._handlers: dict[str, Handler] = {}
+
+    def own(self, kind: str, handler: Handler) -> None:
+        """Names the owner of a kind of jobs; before ``resume``."""
+        self._handlers[kind] = handler
 
     def resume(self) -> None:
         """Goes on with the jobs that a restart interrupted."""
-        for row in self._store.read(lambda tables: tables.jobs.list(kind=_JOB_KIND)):
-            self._start(row.job_id, row.peer, row.payload)
+        for kind in (_JOB_KIND, *self._handlers):
+            for row in self._store.read(lambda tables, kind=kind: tables.jobs.list(kind=kind)):  # type: ignore[misc]  # bound now
+                self._start(row)
 
     def open_jobs(self, peer: str) -> int:
         """Messages to a peer that are not answered."""
@@ -106,19 +135,44 @@ class Jobs:
                 retry_after_s=1.0,
             ) from exc
 
-    async def submit(self, peer: str, message: SealedMessage, *, timeout_s: float) -> _Job:
-        """Makes a message durable and starts sending it; does not wait for the answer."""
+    async def submit(
+        self,
+        peer: str,
+        message: SealedMessage,
+        *,
+        timeout_s: float,
+        kind: str = _JOB_KIND,
+        context: bytes = b"",
+        also: Callable[[Tables, bytes], object] | None = None,
+    ) -> _Job:
+        """Makes a message durable and starts sending it; does not wait for the answer.
+
+        Args:
+            kind: whose handler takes the answer (see ``own``).
+            context: what that handler needs then; never a secret.
+            also: done in the same commit, with the job's id; what it raises undoes the message.
+        """
         body = message.SerializeToString()
         book, span = await self._slots(peer, slots_needed(len(body)), timeout_s)
         # Once queued the job may become durable: then it is sent, whoever still waits.
-        return await unbroken(self._seal(peer, body, book, span))
+        return await unbroken(self._seal(peer, body, book, span, kind=kind, context=context, also=also))
 
-    async def _seal(self, peer: str, body: bytes, book: OutboundBook, span: Range) -> _Job:
+    async def _seal(
+        self,
+        peer: str,
+        body: bytes,
+        book: OutboundBook,
+        span: Range,
+        *,
+        kind: str,
+        context: bytes,
+        also: Callable[[Tables, bytes], object] | None,
+    ) -> _Job:
         tags, keys = book.sealed_parts(span)
         using = book.using_sealed(span)
         job_id = self._around.randomness(16)
 
-        def change(tables: Tables) -> bytes:
+        def change(tables: Tables) -> JobRow:
             number = tables.jobs.next_number(peer)
             lowest = tables.jobs.lowest_open(peer)
             envelope = Envelope(
@@ -146,12 +200,15 @@ class Jobs:
             )
             payload = keys[:KEY_PART_BYTES] + request.SerializeToString()
             using(tables)
-            tables.jobs.put(JobRow(job_id, number, _JOB_KIND, peer, "open", payload))
-            return payload
+            row = JobRow(job_id, number, kind, peer, "open", payload, context=context)
+            tables.jobs.put(row)
+            if also is not None:
+                also(tables, job_id)
+            return row
 
-        payload = await self._store.commit(change)
+        row = await self._store.commit(change)
         book.wipe_sealed(span)
-        return self._start(job_id, peer, payload)
+        return self._start(row)
 
     async def _slots(self, peer: str, count: int, timeout_s: float) -> tuple[OutboundBook, Range]:
         """Sealed slots for one message; establishes more when there are too few."""
@@ -166,11 +223,13 @@ class Jobs:
                 left_s = max(0.1, deadline - self._around.monotonic_s())
                 await self._establisher.establish(order, timeout_s=left_s)
 
-    def _start(self, job_id: bytes, peer: str, payload: bytes) -> _Job:
-        request = DepositRequest.FromString(payload[KEY_PART_BYTES:])
+    def _start(self, row: JobRow) -> _Job:
+        request = DepositRequest.FromString(row.payload[KEY_PART_BYTES:])
         answered: asyncio.Future[SealedAnswer] = asyncio.get_running_loop().create_future()
         answered.add_done_callback(_retrieve)
-        job = self._open[job_id] = _Job(job_id, peer, request, payload[:KEY_PART_BYTES], answered)
+        answer_key = row.payload[:KEY_PART_BYTES]
+        job = _Job(row.job_id, row.peer, row.kind, row.context, request, answer_key, answered)
+        self._open[row.job_id] = job
         self._tasks.spawn(self._deliver(job))
         return job
 
@@ -181,18 +240,22 @@ class Jobs:
         while True:
             try:
                 response = await self._peers.deposit(job.peer, job.request, timeout_s=_SEND_TIMEOUT_S)
+                if response.is_pending:
+                    # Applied; the target held this call as long as it could, and the answer is to come.
+                    pause_s = _FIRST_PAUSE_S
+                    await asyncio.sleep(_PENDING_PAUSE_S)
+                    continue
                 answer = self._verified(job, response)
             except PeerError as exc:
                 refusals += 1
                 _LOG.warning("sealed message refused", extra={"peer": job.peer, "cause": str(exc)})
-                if refusals >= _MAX_REFUSALS:
-                    await self._give_up(job)
+                if refusals >= _MAX_REFUSALS and await self._give_up(job):
                     return
             except MeshError as exc:
                 _LOG.info("sealed message not delivered", extra={"peer": job.peer, "cause": str(exc)})
             else:
-                await self._finish(job, answer)
-                return
+                if await self._finish(job, answer):
+                    return
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
@@ -214,19 +277,20 @@ class Jobs:
             raise PeerError("the answer to a sealed message is not authentic") from exc
         return SealedAnswer.FromString(response.answer)
 
-    async def _finish(self, job: _Job, answer: SealedAnswer) -> None:
-        await self._store.commit(lambda tables: tables.jobs.delete(job.job_id))
-        self._open.pop(job.job_id, None)
+    async def _finish(self, job: _Job, answer: SealedAnswer) -> bool:
+        if not await self._close(job, answer):
+            return False
         book = self._reserves.outbound.get(job.peer)
         if self._reserves.note_lineage(job.peer, answer.lineage) and book is not None:
             self._establisher.forget_epoch(book)
         if not job.answered.done():
             job.answered.set_result(answer)
+        return True
 
-    async def _give_up(self, job: _Job) -> None:
+    async def _give_up(self, job: _Job) -> bool:
         """The target does not hold these slots: it lost its state, or somebody answers in its name."""
-        await self._store.commit(lambda tables: tables.jobs.delete(job.job_id))
-        self._open.pop(job.job_id, None)
+        if not await self._close(job, None):
+            return False
         self._around.alarms.raise_alarm(
             f"deposit/{job.peer}/refused",
             "warning",
@@ -237,6 +301,21 @@ class Jobs:
             job.answered.set_exception(
                 PeerError("the target refused a sealed message", reason=ErrorReason.PEER_REFUSED)
             )
+        return True
+
+    async def _close(self, job: _Job, answer: SealedAnswer | None) -> bool:
+        """The job goes with its answer, in one commit; False: the disk did not take it, ask again later."""
+        handler = self._handlers.get(job.kind)
+        try:
+            if handler is None:
+                await self._store.commit(lambda tables: tables.jobs.delete(job.job_id))
+            else:
+                await handler(Answered(job.job_id, job.peer, job.context, answer))
+        except MeshError as exc:
+            _LOG.warning("an answer could not be taken over", extra={"peer": job.peer, "cause": str(exc)})
+            return False
+        self._open.pop(job.job_id, None)
+        return True
 
 
 def open_epoch_attachment(job_id: bytes, epoch: int) -> bytes:

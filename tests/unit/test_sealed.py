@@ -63,7 +63,7 @@ def test_too_few_slots_for_a_body_is_our_own_fault() -> None:
 
 
 def test_the_answer_is_bound_to_message_and_job() -> None:
-    tag = answer_tag(KEYS, ENVELOPE, b"yes")
+    tag = answer_tag(KEYS, ENVELOPE.job_id, b"yes")
     verify_answer(KEYS[:32], ENVELOPE, b"yes", tag)
     for envelope, answer in ((ENVELOPE, b"no"), (replace(ENVELOPE, job_id=b"k" * 16), b"yes")):
         with pytest.raises(TagMismatchError):

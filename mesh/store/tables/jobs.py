@@ -141,6 +141,12 @@ class Jobs(Table):
             raise CallerError("this job was applied already", facts={"job_id": job_id.hex()})
         self._run("INSERT INTO inbound_results VALUES (?, ?, ?, ?)", source, job_id, number, result)
 
+    def replace_inbound_result(self, source: str, job_id: bytes, result: bytes) -> None:
+        """Store the final answer to a job whose stored one only said that it was to come."""
+        self._run(
+            "UPDATE inbound_results SET result = ? WHERE source = ? AND job_id = ?", result, source, job_id
+        )
+
     def forget_inbound_below(self, source: str, number: int) -> int:
         """Forget the answers to jobs of ``source`` numbered below ``number``; returns how many."""
         return self._run("DELETE FROM inbound_results WHERE source = ? AND number < ?", source, number)
