@@ -23,6 +23,7 @@ from cryptography.x509.oid import NameOID
 
 from gateway.settings import read_settings
 from mesh.client import ConfigError, NotAuthorizedError
+from mesh.ops.certificates import UNREADABLE
 
 MAX_SAE_ID_CHARS: Final = 64
 NODE_PLANE_SCHEME: Final = "keymesh://"
@@ -135,7 +136,7 @@ def read_certificate(der: bytes) -> CertificateFacts:
             tuple(common_names),
             certificate.not_valid_after_utc.timestamp(),
         )
-    except (ValueError, x509.DuplicateExtension) as error:
+    except UNREADABLE as error:
         raise NotAuthorizedError("the client certificate cannot be read") from error
 
 

@@ -8,10 +8,20 @@ that could be read as two. Must not decide what an identity may do
 from __future__ import annotations
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 
 from mesh.core.identity import DNS_SUFFIX, SCHEME, Identity, parse_identity
 from mesh.errors import CallerError, ErrorReason, NotAuthorizedError
+
+#: What reading a certificate, or any part of it (they are parsed when asked for), may raise.
+UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def identity_of(certificate: x509.Certificate) -> Identity:
@@ -51,7 +61,7 @@ def alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternativeN
     """The subject alternative names, or None when absent or unreadable."""
     try:
         return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         return None
 
 

@@ -24,7 +24,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mesh.core.identity import Identity, Role
 from mesh.errors import ConfigError, ErrorReason, NotAuthorizedError
-from mesh.ops.certificates import alternative_names, fingerprint_of, identity_of, names_of, serial_of
+from mesh.ops.certificates import (
+    UNREADABLE,
+    alternative_names,
+    fingerprint_of,
+    identity_of,
+    names_of,
+    serial_of,
+)
 
 SOON = timedelta(days=14)
 
@@ -125,14 +132,18 @@ def diagnose(
     except ConfigError as exc:
         return Diagnosis([Finding(Problem.UNREADABLE, exc.message)])
     leaf = chain[0]
-    findings = [*_validity(leaf, now), *_strength(leaf), *_shape(leaf)]
-    if ca is not None:
-        findings += _trust(chain, ca, now)
-    if key is not None:
-        findings += _key(leaf, key)
-    if expected is not None:
-        findings += _purpose(leaf, expected)
-    return Diagnosis(findings, leaf, _summary(leaf))
+    try:
+        findings = [*_validity(leaf, now), *_strength(leaf), *_shape(leaf)]
+        if ca is not None:
+            findings += _trust(chain, ca, now)
+        if key is not None:
+            findings += _key(leaf, key)
+        if expected is not None:
+            findings += _purpose(leaf, expected)
+        return Diagnosis(findings, leaf, _summary(leaf))
+    except UNREADABLE:
+        words = f"{cert} holds a certificate with a damaged part; have it issued again"
+        return Diagnosis([Finding(Problem.UNREADABLE, words)])
 
 
 def require_usable(
@@ -172,7 +183,7 @@ def _load_chain(path: Path) -> list[x509.Certificate]:
         raise ConfigError(f"{path} is not PEM; convert it with 'openssl x509 -inform der'")
     try:
         return x509.load_pem_x509_certificates(data)
-    except (ValueError, UnsupportedAlgorithm) as exc:
+    except UNREADABLE as exc:
         raise ConfigError(f"{path} cannot be read as certificates: it is damaged or cut short") from exc
 
 
@@ -239,7 +250,7 @@ def _shape(leaf: x509.Certificate) -> list[Finding]:
 def _has(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> bool:
     try:
         certificate.extensions.get_extension_for_class(kind)
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         return False
     return True
 
@@ -247,7 +258,7 @@ def _has(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> bool:
 def _is_ca(certificate: x509.Certificate) -> bool:
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         return False
 
 
@@ -362,7 +373,7 @@ def _usages(leaf: x509.Certificate) -> frozenset[x509.ObjectIdentifier] | None:
     """Extended key usages; None (any) when the extension is absent, as RFC 5280 4.2.1.12 has it."""
     try:
         return frozenset(leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, *UNREADABLE):
         return None
 
 

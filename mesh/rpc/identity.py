@@ -14,7 +14,7 @@ from cryptography import x509
 
 from mesh.core.identity import Identity, Role, parse_identity
 from mesh.errors import ErrorReason, NotAuthorizedError
-from mesh.ops.certificates import fingerprint_of, identity_of, serial_of
+from mesh.ops.certificates import UNREADABLE, fingerprint_of, identity_of, serial_of
 from mesh.ops.denylist import DenyList
 
 __all__ = ["Identity", "PeerReader", "Role", "identity_of", "parse_identity"]
@@ -70,7 +70,7 @@ class PeerReader:
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             identity = identity_of(certificate)
-        except ValueError as exc:
+        except UNREADABLE as exc:
             raise _refusal("certificate cannot be read") from exc
         if identity.domain != self._domain:
             raise _refusal("certificate belongs to another domain")
