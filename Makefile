@@ -58,6 +58,13 @@ lock: $(VENV)/.dev ## Compile the locks afresh (requirements/*.txt)
 demo: $(VENV)/.lab ## Two applications across a metro get the same key; measure it (build/demo)
 	@$(BIN)/keymesh lab demo --dir build/demo
 
+.PHONY: ocean
+ocean: $(VENV)/.lab ## Keys over three hubs across an emulated ocean; kill hubs, let one lie (build/ocean)
+	@set -e; run() { $(BIN)/keymesh lab run --dir build/ocean --scenario "$$@"; }; \
+	trap '$(BIN)/keymesh lab down --dir build/ocean' EXIT; \
+	$(BIN)/keymesh lab up --network dske --dir build/ocean --detach; \
+	run hub-killed; run cut-link; run hub-liar --stand-in tests/liar_hub.py; run two-of-three-hubs-dead
+
 .PHONY: lab-up
 lab-up: $(VENV)/.lab ## Start a network on this machine (NETWORK=metro LAB_DIR=build/lab)
 	@$(BIN)/keymesh lab up --network $(NETWORK) --dir $(LAB_DIR) --detach
