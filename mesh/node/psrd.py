@@ -16,8 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from mesh.core.lane import NEW_BELOW_BYTES, ROOT_BYTES
@@ -46,6 +45,20 @@ from mesh.node.psrd_courier import (
     remove_partial,
     wipe_courier,
 )
+from mesh.node.psrd_rows import (
+    FROM_HUB,
+    LANE_NAMES,
+    TO_HUB,
+    Made,
+    TableRecord,
+    is_table,
+    next_span,
+    pieces,
+    prune,
+    put_hole,
+    put_material,
+    records_of,
+)
 from mesh.sources.psrd_file import CourierReader, CourierWriter, Progress, no_progress
 from mesh.sources.psrd_seal import COST_LOG2, SALT_BYTES
 from mesh.sources.randomness import RandomSource
@@ -55,51 +68,8 @@ from mesh.store.files import FileLayer, OsFiles
 from mesh.store.store import Store
 from mesh.store.tables import BlockRow, BlockState, ExtentRow, ExtentState, Tables
 
-#: Bytes of one pad file, and about a third of what issuing or importing holds in memory.
-PIECE_BYTES = 4 << 20
 #: Left free on the disk beside a table's own bytes.
 SPARE_BYTES = 16 << 20
-#: Tables remembered per lane; the newest tell where a lane ends.
-KEPT_TABLES = 64
-_FROM_HUB, _TO_HUB = b"\x00", b"\x01"
-_LANE_NAMES = {_FROM_HUB: "hub-to-client", _TO_HUB: "client-to-hub"}
-_ROW_ID_BYTES = TABLE_ID_BYTES + 1
-_STATE_NAMES = {
-    BlockState.OFFERED: "issued",
-    BlockState.ACCEPTED: "imported",
-    BlockState.DISCARDED: "discarded",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TableRecord:
-    """One table as this end remembers it.
-
-    Attributes:
-        table_id: 16 bytes.
-        is_issued: issued here, else imported.
-        state: "issued" (not known to be imported), "imported" or "discarded".
-        made_at_s: seconds since 1970.
-        path: of the courier file, here.
-        transmit, receive: offsets on the outbound and inbound lane.
-    """
-
-    table_id: bytes
-    is_issued: bool
-    state: str
-    made_at_s: int
-    path: str
-    transmit: Range
-    receive: Range
-
-
-@dataclass(slots=True)
-class _Made:
-    """What stands on disk before the commit."""
-
-    extents: dict[bytes, list[ExtentRow]]
-    roots: dict[bytes, bytes]
-    files: list[str]
 
 
 class PsrdTables:
@@ -136,6 +106,7 @@ class PsrdTables:
         self._files = OsFiles() if files is None else files
         self._cost_log2 = scrypt_cost_log2
         self._waiting: list[Range] = []
+        self._discarded: list[Range] = []
         self._floor = 0
         self._told = 0
         self._issues = False
@@ -149,30 +120,13 @@ class PsrdTables:
         self._told = 0
         self._issues = any(row.is_leader for row in rows)
         self._waiting = [Range(row.start, row.stop) for row in rows if row.state is BlockState.OFFERED]
+        self._discarded = [Range(row.start, row.stop) for row in rows if row.state is BlockState.DISCARDED]
         accepted = [row.stop for row in rows if row.state is BlockState.ACCEPTED]
         self._floor = max(accepted, default=0)
 
     def records(self) -> list[TableRecord]:
         """The tables that are remembered, oldest first."""
-        receive = {row.block_id[:TABLE_ID_BYTES]: row for row in self._rows(self._lanes.rx)}
-        records: list[TableRecord] = []
-        for row in self._rows(self._lanes.tx):
-            other = receive.get(row.block_id[:TABLE_ID_BYTES])
-            if other is None:
-                continue
-            said = json.loads(row.message)
-            records.append(
-                TableRecord(
-                    row.block_id[:TABLE_ID_BYTES],
-                    row.is_leader,
-                    _STATE_NAMES.get(row.state, row.state.value),
-                    said["made_at_s"],
-                    said["path"],
-                    Range(row.start, row.stop),
-                    Range(other.start, other.stop),
-                )
-            )
-        return records
+        return records_of(self._rows(self._lanes.tx), self._rows(self._lanes.rx))
 
     @property
     def waiting_bytes(self) -> int:
@@ -208,10 +162,10 @@ class PsrdTables:
         header = self._plan(order, now_s)
         self._check_free(header.total_bytes)
         await asyncio.to_thread(check_room, self._files, order.path, header.total_bytes)
-        made = _Made({_FROM_HUB: [], _TO_HUB: []}, {}, [])
+        made = Made()
         try:
             await self._make(header, order, source, made=made, progress=progress)
-            await self._store.commit(lambda tables: self._put(tables, header, made, order.path, True))
+            await self._commit(header, made, order.path, is_issued=True)
         except Exception:
             # Not upon cancellation: the commit may go through, and names the files.
             await self._store.pads.remove(*made.files)
@@ -250,8 +204,8 @@ class PsrdTables:
             self._domain_id,
             self._own_id,
             lanes.peer,
-            _next_span(lanes.tx, tx, order.to_client_bytes),
-            _next_span(lanes.rx, rx, order.from_client_bytes),
+            next_span(lanes.tx, tx, order.to_client_bytes),
+            next_span(lanes.rx, rx, order.from_client_bytes),
             now_s,
         )
 
@@ -265,7 +219,7 @@ class PsrdTables:
         order: IssueOrder,
         source: RandomSource,
         *,
-        made: _Made,
+        made: Made,
         progress: Progress,
     ) -> None:
         """Write pad files and the courier file, piece by piece, both synced."""
@@ -282,7 +236,7 @@ class PsrdTables:
                 cost_log2=self._cost_log2,
             )
             for name, span, _ in self._directions(header, is_issued=True):
-                for piece in _pieces(span):
+                for piece in pieces(span):
                     data = await asyncio.to_thread(source.read, len(piece))
                     await self._write_pad(header, name, piece, data, made, is_issued=True)
                     await asyncio.to_thread(writer.write, data)
@@ -316,7 +270,7 @@ class PsrdTables:
             UnavailableError: the disk is full.
         """
         file = await asyncio.to_thread(open_courier, order.path)
-        made = _Made({_FROM_HUB: [], _TO_HUB: []}, {}, [])
+        made = Made()
         try:
             reader = await asyncio.to_thread(
                 CourierReader, file, passphrase=order.passphrase, progress=progress
@@ -326,11 +280,11 @@ class PsrdTables:
             self._check_free(header.total_bytes)
             try:
                 for name, span, _ in self._directions(header, is_issued=False):
-                    for piece in _pieces(span):
+                    for piece in pieces(span):
                         data = await asyncio.to_thread(reader.read, len(piece))
                         await self._write_pad(header, name, piece, data, made, is_issued=False)
                 await asyncio.to_thread(reader.finish)
-                await self._store.commit(lambda tables: self._put(tables, header, made, order.path, False))
+                await self._commit(header, made, order.path, is_issued=False)
             except Exception:
                 await self._store.pads.remove(*made.files)
                 raise
@@ -364,7 +318,7 @@ class PsrdTables:
         for name, span, end in self._directions(header, is_issued=False):
             lane = end.lane
             state = LaneState(lane.epoch, lane.filled, is_unused=not lane.filled and not lane.mark)
-            begins.append(check_continues(span, state, _LANE_NAMES[name]))
+            begins.append(check_continues(span, state, LANE_NAMES[name]))
             if lane.usable_bytes + span.length_bytes > lanes.limits.pool_bytes:
                 raise CallerError(
                     "courier file: the lane would hold more than the link's pool; raise "
@@ -380,14 +334,35 @@ class PsrdTables:
 
     # -- shared steps ---------------------------------------------------------------------
 
+    async def _commit(self, header: PsrdHeader, made: Made, path: Path, *, is_issued: bool) -> None:
+        """The one commit of an issue or an import."""
+        message = json.dumps({"made_at_s": header.made_at_s, "path": str(path)}).encode()
+
+        def change(tables: Tables) -> None:
+            for name, span, end in self._directions(header, is_issued=is_issued):
+                lane = tables.lanes.put_lane(self._lanes.peer, end.is_outbound)
+                if span.epoch > lane.epoch:
+                    lane, _ = tables.lanes.reset_lane(self._lanes.peer, end.is_outbound, span.epoch)
+                if span.hole is not None and not is_issued:
+                    put_hole(tables, lane, span.hole, self._randomness)
+                state = BlockState.OFFERED if is_issued else BlockState.ACCEPTED
+                row_id = header.table_id + name
+                tables.blocks.put(
+                    BlockRow(row_id, lane.lane_id, span.start, span.stop, state, message, None, is_issued)
+                )
+                put_material(tables, lane, made.extents[name], made.roots.get(name))
+                prune(tables, lane)
+
+        await self._store.commit(change)
+
     def _directions(self, header: PsrdHeader, *, is_issued: bool) -> list[tuple[bytes, LaneSpan, AnyEnd]]:
         """Both directions in the file's order, with the lane they mean here."""
         lanes = self._lanes
         from_hub, to_hub = (lanes.tx, lanes.rx) if is_issued else (lanes.rx, lanes.tx)
-        return [(_FROM_HUB, header.from_hub, from_hub), (_TO_HUB, header.to_hub, to_hub)]
+        return [(FROM_HUB, header.from_hub, from_hub), (TO_HUB, header.to_hub, to_hub)]
 
     async def _write_pad(
-        self, header: PsrdHeader, name: bytes, piece: Range, data: bytes, made: _Made, *, is_issued: bool
+        self, header: PsrdHeader, name: bytes, piece: Range, data: bytes, made: Made, *, is_issued: bool
     ) -> None:
         file = f"psrd-{header.table_id.hex()}-{name[0]}-{piece.start}"
         made.files.append(file)
@@ -399,51 +374,7 @@ class PsrdTables:
         if piece.start == 0:
             made.roots[name] = data[:ROOT_BYTES]
 
-    def _put(self, tables: Tables, header: PsrdHeader, made: _Made, path: Path, is_issued: bool) -> None:
-        """The one change of an issue or an import."""
-        peer = self._lanes.peer
-        message = json.dumps({"made_at_s": header.made_at_s, "path": str(path)}).encode()
-        for name, span, end in self._directions(header, is_issued=is_issued):
-            lane = tables.lanes.put_lane(peer, end.is_outbound)
-            if span.epoch > lane.epoch:
-                lane, _ = tables.lanes.reset_lane(peer, end.is_outbound, span.epoch)
-            state = BlockState.OFFERED if is_issued else BlockState.ACCEPTED
-            if span.hole is not None and not is_issued:
-                hole = BlockRow(
-                    self._randomness(_ROW_ID_BYTES),
-                    lane.lane_id,
-                    span.hole.start,
-                    span.hole.stop,
-                    BlockState.DISCARDED,
-                    b"",
-                    None,
-                    False,
-                )
-                tables.blocks.put(hole)
-            tables.blocks.put(
-                BlockRow(
-                    header.table_id + name,
-                    lane.lane_id,
-                    span.start,
-                    span.stop,
-                    state,
-                    message,
-                    None,
-                    is_issued,
-                )
-            )
-            for extent in made.extents[name]:
-                tables.extents.put(
-                    ExtentRow(lane.lane_id, extent.start, extent.stop, extent.file, 0, extent.state)
-                )
-            if name in made.roots:
-                tables.lanes.set_root(lane.lane_id, made.roots[name])
-            rows = [row for row in tables.blocks.list(lane.lane_id) if is_table(row)]
-            for row in rows[:-KEPT_TABLES]:
-                if row.state is not BlockState.OFFERED and row.stop <= lane.mark:
-                    tables.blocks.delete(row.block_id)
-
-    def _join(self, header: PsrdHeader, made: _Made, *, is_issued: bool) -> None:
+    def _join(self, header: PsrdHeader, made: Made, *, is_issued: bool) -> None:
         """What is durable becomes part of the lanes; sync, right after the commit."""
         for name, span, end in self._directions(header, is_issued=is_issued):
             if name in made.roots:
@@ -476,7 +407,7 @@ class PsrdTables:
 
         Raises:
             RolledBackError: it has more than this end ever issued: this end is a restored snapshot.
-            PeerError: it has less than it had: the other end is.
+            PeerError: it has less than it had: the other end is. Or a table discarded here.
         """
         if filled in (0, self._told):
             return False
@@ -485,6 +416,12 @@ class PsrdTables:
             raise RolledBackError(
                 "the peer holds tables that this node does not know",
                 facts={"filled": end.lane.filled, "peer_filled": filled},
+            )
+        if any(one.start < filled <= one.stop for one in self._discarded):
+            raise PeerError(
+                "the client holds a table that was discarded here: reset the link at both ends",
+                reason=ErrorReason.PEER_REFUSED,
+                facts={"peer_filled": filled},
             )
         if filled < self._floor:
             raise PeerError(
@@ -510,7 +447,7 @@ class PsrdTables:
         def change(tables: Tables) -> None:
             for row in tables.blocks.list(lane_id, BlockState.OFFERED):
                 if row.stop <= floor and is_table(row):
-                    for name in (_FROM_HUB, _TO_HUB):
+                    for name in (FROM_HUB, TO_HUB):
                         tables.blocks.set_state(row.block_id[:-1] + name, BlockState.ACCEPTED)
             for extent in tables.extents.list(lane_id):
                 if extent.stop <= floor and extent.state is ExtentState.SYNCED:
@@ -558,8 +495,8 @@ class PsrdTables:
         def change(tables: Tables) -> list[str]:
             files: list[str] = []
             for name, end, span in (
-                (_FROM_HUB, lanes.tx, record.transmit),
-                (_TO_HUB, lanes.rx, record.receive),
+                (FROM_HUB, lanes.tx, record.transmit),
+                (TO_HUB, lanes.rx, record.receive),
             ):
                 tables.blocks.set_state(table_id + name, BlockState.DISCARDED)
                 for extent in tables.extents.list(end.lane_id):
@@ -569,33 +506,11 @@ class PsrdTables:
 
         files = await self._store.commit(change)
         for end, span in ((lanes.tx, record.transmit), (lanes.rx, record.receive)):
-            for piece in _pieces(span):
+            for piece in pieces(span):
                 end.material.drop(piece.start)
             lanes.take_hole(end, span)
         self._waiting = [one for one in self._waiting if one != record.transmit]
+        self._discarded.append(record.transmit)
         self._changed()
         await self._store.pads.remove(*files)
         return next(one for one in self.records() if one.table_id == table_id)
-
-
-def is_table(row: BlockRow) -> bool:
-    """Whether a block row is a couriered table's, or a hole that one left."""
-    return len(row.block_id) == _ROW_ID_BYTES
-
-
-def _next_span(end: AnyEnd, rows: Sequence[BlockRow], length_bytes: int) -> LaneSpan:
-    """The next offsets of a lane, past tables discarded at its end."""
-    filled = end.lane.filled
-    previous = filled
-    for row in reversed(rows):
-        if row.state is not BlockState.DISCARDED or row.stop != previous:
-            break
-        previous = row.start
-    return LaneSpan(end.lane.epoch, previous, filled, length_bytes)
-
-
-def _pieces(span: LaneSpan | Range) -> list[Range]:
-    return [
-        Range(start, min(start + PIECE_BYTES, span.stop))
-        for start in range(span.start, span.stop, PIECE_BYTES)
-    ]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mesh.errors import CallerError, ErrorReason, ShortageError
-from mesh.node.psrd import TableRecord
 from mesh.node.psrd_courier import ImportOrder, IssueOrder, read_passphrase
 from mesh.node.psrd_link import CourierFed, Gauge
+from mesh.node.psrd_rows import TableRecord
 from mesh.sources.psrd_file import Progress
 from mesh.sources.randomness import open_random
 from mesh.v1.admin_pb2 import (

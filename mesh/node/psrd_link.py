@@ -179,10 +179,11 @@ class CourierFed(Ingest):
                 f"{name} below {format_size(gauge.low_water_bytes)}" for name, gauge in low.items()
             )
             is_empty = any(gauge.usable_bytes < gauge.low_water_bytes // 8 for gauge in low.values())
-            waits = "; a table is issued and waits for its import" if self.transmit.waiting_bytes else ""
+            is_coming = self.transmit.waiting_bytes > 0
+            waits = "; a table is issued and waits for its import" if is_coming else ""
             self.link.alarms.raise_alarm(
                 alarm_id,
-                "critical" if is_empty else "warning",
+                "critical" if is_empty and not is_coming else "warning",
                 f"pre-shared random data runs low: {below}{waits}",
                 "see keymesh psrd status; keymesh psrd issue at the hub, keymesh psrd import at the client",
             )

@@ -18,8 +18,9 @@ from mesh.core.lane import LaneLimits
 from mesh.errors import ConfigError, ErrorReason, UnavailableError
 from mesh.node.config import LinkSection, NodeConfig
 from mesh.node.lanes import LinkLanes
-from mesh.node.psrd import PsrdTables, TableRecord
+from mesh.node.psrd import PsrdTables
 from mesh.node.psrd_courier import ImportOrder, IssueOrder
+from mesh.node.psrd_rows import TableRecord
 from mesh.sources.psrd_file import Progress, no_progress
 from mesh.sources.randomness import open_random
 from mesh.store.store import Store

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mesh.node.psrd import PsrdTables, TableRecord
+from mesh.node.psrd import PsrdTables
 from mesh.node.psrd_courier import ImportOrder, IssueOrder
 from mesh.node.psrd_link import CourierFed
+from mesh.node.psrd_rows import TableRecord
 from mesh.sources.randomness import RandomSource, SystemRandom
 from tests.fakes.link_sites import Site, Uses, Wire
 

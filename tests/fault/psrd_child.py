@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mesh.errors import CallerError
 from mesh.hub.config import load_hub_config
-from mesh.node import psrd
+from mesh.node import psrd_rows
 from mesh.node.config import load_node_config
 from mesh.node.psrd_courier import ImportOrder, IssueOrder, wipe_courier
 from mesh.node.psrd_offline import import_offline, issue_offline
@@ -22,7 +22,7 @@ TABLE = 20_000
 
 async def supply(root: Path) -> None:
     """Issue unless a courier is there, import, wipe."""
-    psrd.PIECE_BYTES = 8192
+    psrd_rows.PIECE_BYTES = 8192
     hub, client = load_hub_config(root / "hub-1.yaml")[1], load_node_config(root / "kme-a.yaml")
     path = root / "one.psrd"
     if not path.exists():

@@ -18,8 +18,8 @@ import pytest
 
 from mesh.hub.config import load_hub_config
 from mesh.node.config import load_node_config
-from mesh.node.psrd import TableRecord
 from mesh.node.psrd_offline import _tables
+from mesh.node.psrd_rows import TableRecord
 from mesh.store.failpoints import COURIER, VARIABLE
 from mesh.store.store import Store
 from tests.fakes.hub_network import HubNetwork

@@ -12,7 +12,7 @@ import pytest
 
 from mesh.core.lane import ROOT_BYTES
 from mesh.errors import CallerError, ErrorReason, IntegrityError, MeshError, ShortageError, UnavailableError
-from mesh.node import psrd
+from mesh.node import psrd, psrd_rows
 from mesh.node.psrd_courier import ImportOrder, IssueOrder
 from mesh.sources.randomness import SystemRandom
 from mesh.store import failpoints
@@ -205,7 +205,7 @@ async def test_damaged_files_are_refused(one: CourierPair) -> None:
 async def test_a_full_disk_leaves_nothing_half_done(
     one: CourierPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psrd, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(psrd_rows, "PIECE_BYTES", 8192)
     path = await one.issue("one.psrd")
     passages = 0
 
@@ -435,3 +435,14 @@ async def test_levels_rates_and_the_low_water_alarm(one: CourierPair) -> None:
     assert "waits for its import" in one.hub.alarms.open_alarms()[0].message
     await one.take(path)
     await one.until(lambda: not one.hub.alarms.is_open("psrd/kme-a/low"))
+
+
+async def test_a_client_that_imported_a_discarded_table_is_told_to_reset(one: CourierPair) -> None:
+    await one.bring("one.psrd")
+    await one.until_open()
+    found = await one.issue("found.psrd")
+    tables = tables_of(one.hub)
+    await tables.discard(tables.records()[-1].table_id)
+    await one.take(found)
+    await one.until(lambda: one.hub.alarms.is_open("link/kme-a/peer-refused"))
+    assert "discarded here" in one.hub.link.last_error
