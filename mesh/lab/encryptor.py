@@ -81,6 +81,10 @@ class Encryptor:
         query = "&".join(f"{name}={value}" for name, value in asked.items() if value is not None)
         return _keys(self._ask("GET", slave, f"enc_keys?{query}" if query else "enc_keys"))
 
+    def container(self, slave: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Get key by POST (clause 5.2): the whole key container, extensions and keys included."""
+        return self._ask("POST", slave, "enc_keys", json.dumps(request).encode())
+
     def dec_keys(self, master: str, key_ids: Sequence[str]) -> list[FetchedKey]:
         """Get key with key IDs (clause 5.3): the keys that ``master`` got, once."""
         if len(key_ids) == 1:
