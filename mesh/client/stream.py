@@ -113,6 +113,7 @@ class DeliveryStreams:
             MeshError: the stream broke, time ran out, or the node refused the whole batch.
         """
         request.batch_id = next(self._batch_ids)
+        request.timeout_ms = max(1, int(timeout_s * 1000))
         results = await self._current().ask(request, timeout_s)
         if len(results) != count:
             raise PeerError("node answered another number of results than requests")

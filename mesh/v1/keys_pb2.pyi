@@ -393,8 +393,13 @@ class DeliverRequest(_message.Message):
     BATCH_ID_FIELD_NUMBER: _builtins.int
     GET_KEYS_FIELD_NUMBER: _builtins.int
     GET_KEYS_BY_ID_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     batch_id: _builtins.int
     """Chosen by the client, not used twice on a stream."""
+    timeout_ms: _builtins.int
+    """Milliseconds after which nobody waits for the answer and work on the batch
+    ends; 0 leaves that to the node's own limit.
+    """
     @_builtins.property
     def get_keys(self) -> Global___GetKeysRequest: ...
     @_builtins.property
@@ -405,10 +410,11 @@ class DeliverRequest(_message.Message):
         batch_id: _builtins.int = ...,
         get_keys: Global___GetKeysRequest | None = ...,
         get_keys_by_id: Global___GetKeysByIdRequest | None = ...,
+        timeout_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "get_keys", b"get_keys", "get_keys_by_id", b"get_keys_by_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_id", b"batch_id", "get_keys", b"get_keys", "get_keys_by_id", b"get_keys_by_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_id", b"batch_id", "get_keys", b"get_keys", "get_keys_by_id", b"get_keys_by_id", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_batch: _TypeAlias = _typing.Literal["get_keys", "get_keys_by_id"]  # noqa: Y015
     _WhichOneofArgType_batch: _TypeAlias = _typing.Literal["batch", b"batch"]  # noqa: Y015

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from mesh.errors import MeshError
+from mesh.errors import ErrorReason, MeshError, UnavailableError
 from mesh.rpc.status import failure_from
 from mesh.v1 import keys_pb2 as pb
 from mesh.v1.keys_pb2_grpc import KeyDeliveryServicer
@@ -59,7 +59,11 @@ class StreamedDelivery(KeyDeliveryServicer):
                 answer: Any = self.GetKeys(request.get_keys, context)
             else:
                 answer = self.GetKeysById(request.get_keys_by_id, context)
-            results = (await answer).results
+            async with asyncio.timeout(request.timeout_ms / 1000 or None):
+                results = (await answer).results
         except MeshError as exc:
             return pb.DeliverResponse(batch_id=request.batch_id, failure=failure_from(exc))
+        except TimeoutError:
+            late = UnavailableError("the caller's time is up", reason=ErrorReason.DEADLINE_EXCEEDED)
+            return pb.DeliverResponse(batch_id=request.batch_id, failure=failure_from(late))
         return pb.DeliverResponse(batch_id=request.batch_id, results=results)
