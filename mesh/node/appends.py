@@ -98,6 +98,8 @@ class Appender:
         self._appending: set[TransferId] = set()
         self._appending_bytes = 0
         self._opening: dict[str, asyncio.Lock] = {}
+        #: Told of a source that renewed its epoch: it may have lost its disk, and with it what we gave it.
+        self.renewed: Callable[[str], None] = lambda _source: None
 
     def take(
         self, header: TransferHeader, encoded: bytes, tag: bytes, *, route: int, came_from: str, share: bytes
@@ -256,6 +258,8 @@ class Appender:
                 self._tasks.spawn(self._store.reserve_files.remove(file))
             raise
         if opened is not None:
+            if self._reserves.highest_inbound(opened.source) is not None:
+                self.renewed(opened.source)
             book = self._reserves.opened_inbound(opened)
             book.slots.begin_append(span)
         if book is not None:

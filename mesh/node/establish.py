@@ -353,7 +353,7 @@ class Establisher:
         book = transfer.book
         transfer.is_confirmed = True
         is_reborn = self._reserves.note_lineage(book.peer, message.lineage)
-        if is_reborn and book.is_opened:
+        if is_reborn and (book.is_opened or book.slots.held_slots):
             # The target may have lost what it confirmed before: forfeit, open a new epoch (4.6).
             self.forget_epoch(book)
         book.is_opened = True

@@ -172,6 +172,7 @@ class KeyPlane:
             tasks=self.tasks,
             config=config,
         )
+        self.appender.renewed = self.supply.doubt
         self.stored = StoredKeys(
             around,
             store=store,
