@@ -65,6 +65,11 @@ class LinkConfig:
     ingest: IngestSettings = field(default_factory=IngestSettings)
 
 
+def rollback_alarm(peer: str) -> str:
+    """The alarm that a neighbour's word raised; it ends when the operator resets the link."""
+    return f"link/{peer}/rolled-back"
+
+
 class NoShares:
     """A handler for nodes whose key plane is not there yet."""
 
@@ -187,7 +192,8 @@ class LinkPlane:
         self._is_loaded = True
         refused = self._store.read(self._read_refusals)
         if refused:
-            self._refuse(refused[0], RolledBackError("a rollback was revealed before; see the alarm"))
+            told = self._store.read(lambda tables: tables.meta.get(f"refused/{refused[0]}"))
+            self._refuse(refused[0], RolledBackError((told or b"").decode(errors="replace")))
         for link in self._links.values():
             self._background.spawn(link.ingest.run())
             if link.is_dialler:
@@ -257,13 +263,13 @@ class LinkPlane:
     def stop_for_rollback(self, peer: str, error: RolledBackError) -> None:
         """A peer revealed that our state is old, or that a copy of us runs: stop, durably."""
         if self.refusal is None:
-            self._store.commit_soon(lambda tables: tables.meta.put(f"refused/{peer}", b"rolled-back"))
+            self._store.commit_soon(lambda tables: tables.meta.put(f"refused/{peer}", error.message.encode()))
         self._refuse(peer, error)
 
     def _refuse(self, peer: str, error: RolledBackError) -> None:
         self.refusal = error
         self._alarms.raise_alarm(
-            f"link/{peer}/rolled-back", "critical", error.message, NEXT_STEP, needs_operator=True
+            rollback_alarm(peer), "critical", error.message, NEXT_STEP, needs_operator=True
         )
         for link in self._links.values():
             link.refusal = error

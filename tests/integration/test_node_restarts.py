@@ -115,9 +115,16 @@ async def test_keys_of_a_rolled_back_disk_are_void_once_its_link_is_reset(networ
             await asyncio.sleep(0.02)
     for keys in (first, second):
         assert (await refused(network, "sae-b", "sae-a", keys)).reason is ErrorReason.ROLLED_BACK
+    await network.stop("kme-b")
+    await network.start("kme-b")
+    node = network.node("kme-b")
+    (alarm,) = [one for one in node.alarms.open_alarms() if one.needs_operator]
+    assert alarm.alarm_id == "link/hub-1/rolled-back"
+    assert "not on this disk" in alarm.message, "a restart forgets neither the refusal nor why"
     for one, peer in (("kme-b", "hub-1"), ("hub-1", "kme-b")):
         await asyncio.to_thread(reset_link, network.target(one), peer)
     assert node.missing() == []
+    assert not any(one.needs_operator for one in node.alarms.open_alarms())
     for keys in (first, second):
         assert isinstance(await refused(network, "sae-b", "sae-a", keys), NotAuthorizedError)
 

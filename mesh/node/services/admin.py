@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 from mesh.errors import CallerError
 from mesh.node.keyplane import KeyPlane
+from mesh.node.links import rollback_alarm
 from mesh.node.ports import LinkPlanePort
 from mesh.node.psrd_desk import PsrdDesk
 from mesh.ops.alarms import Alarms
@@ -87,6 +88,9 @@ class AdminService(AdminServicer):
         if self._plane is not None:
             await self._plane.forget_after_rollback()
         transmit, receive = await self._links.reset_link(request.peer_kme_id)
+        # The operator has looked, and has acted on the alarm's next step.
+        if self._alarms.is_open(rollback_alarm(request.peer_kme_id)):
+            self._alarms.acknowledge(rollback_alarm(request.peer_kme_id))
         return pb.ResetLinkResponse(transmit_epoch=transmit, receive_epoch=receive)
 
     async def IssuePsrd(
