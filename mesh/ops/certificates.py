@@ -17,6 +17,7 @@ from mesh.errors import CallerError, ErrorReason, NotAuthorizedError
 #: What reading a certificate, or any part of it (they are parsed when asked for), may raise.
 UNREADABLE = (
     ValueError,
+    TypeError,  # a BitString in a name
     UnsupportedAlgorithm,
     x509.InvalidVersion,
     x509.DuplicateExtension,
