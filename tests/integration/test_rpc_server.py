@@ -25,6 +25,7 @@ from mesh.errors import (
     ShortageError,
     UnavailableError,
 )
+from mesh.node.services.streamed import StreamedDelivery
 from mesh.ops.certificates import fingerprint_of, serial_of
 from mesh.ops.logging import request_id
 from mesh.ops.metrics import Metrics
@@ -42,7 +43,7 @@ ALL_ROLES = frozenset(Role)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Delivery(keys_pb2_grpc.KeyDeliveryServicer):
+class Delivery(StreamedDelivery):
     """Answers who asked; fails as the caller's SAE id says."""
 
     def __init__(self) -> None:
