@@ -73,6 +73,11 @@ def test_an_unknown_name_lists_what_there_is() -> None:
         (("links", 0, "rate_bps"), -5, "rate_bps"),
         (("links", 0, "one_way_delay_ms"), "slow", "one_way_delay_ms"),
         (("links", 0, "buffer_bytes"), 1, r"links\[0\].buffer_bytes"),
+        (("links", 0, "psrd_bytes"), "many", "psrd_bytes"),
+        (("links", 0, "psrd_bytes"), [1, 2, 3], "psrd_bytes"),
+        (("links", 0, "psrd_bytes"), ["64MiB", 0], r"links\[0\].psrd_bytes"),
+        (("hubs",), [{"id": "kme-a"}], "kme-a is there twice"),
+        (("hubs",), [{"id": "hub-1", "saes": ["x"]}], "saes"),
         (("grades",), {"default": {"grade": "magic"}}, "grades.default.grade"),
         (("reserves",), {"high_water_bytes": 1, "low_water_bytes": 2}, "low_water_bytes"),
         (("etcd",), {"members": 9}, "members"),
@@ -104,3 +109,33 @@ def test_delays_add_up_along_the_quickest_way() -> None:
     assert network.delay_ms("kme-a", "kme-d") == 15
     assert network.delay_ms("kme-d", "kme-a") == 15
     assert network.delay_ms("kme-c", "kme-d") == 0
+
+
+def test_hubs_become_hubs_of_the_document_and_their_links_are_supplied_by_courier() -> None:
+    network = load_network("dske")
+    document = network.document()
+    policy = document.policy("can-site-x", "uk-site-z")
+    assert str(policy.grade) == "dske(2,3)"
+    assert [document.nodes[hub].role for hub in policy.hubs] == ["hub"] * 3
+    assert "can-site-x" not in document.neighbours("uk-site-z")
+    for link in network.links:
+        assert link.is_couriered
+        assert network.issuer(link) in policy.hubs
+
+
+def test_a_courier_brings_the_same_for_both_lanes_or_something_else_for_each() -> None:
+    data = minimal()
+    for psrd, there_and_back in (("64MiB", (64 << 20, 64 << 20)), (["1MiB", 4096], (1 << 20, 4096))):
+        data["links"][0]["psrd_bytes"] = psrd
+        (link,) = parse_network(yaml.safe_dump(data), "here.yaml").links
+        assert link.courier_bytes == there_and_back
+    assert parse_network(yaml.safe_dump(data), "here.yaml").issuer(link) == "kme-b"
+    assert not load_network("metro").links[0].is_couriered
+
+
+def test_paths_are_emulated_only_between_those_who_talk() -> None:
+    network = load_network("multipath")
+    assert network.talks("west", "north")
+    assert network.talks("west", "harbour")
+    assert not network.talks("north", "south")
+    assert not network.talks("west", "nowhere")

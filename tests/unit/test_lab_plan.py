@@ -1,0 +1,72 @@
+"""What a lab writes before anything starts: configurations that their processes take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography import x509
+
+from mesh.core.identity import Identity, Role
+from mesh.hub.config import load_hub_config
+from mesh.lab.configcheck import check_file
+from mesh.lab.networks import load_network
+from mesh.lab.plan import LabPlan, Planner
+from mesh.lab.state import LabDirectory
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> LabPlan:
+    directory = LabDirectory(tmp_path_factory.mktemp("plan"))
+    try:
+        return Planner(load_network("dske"), directory).write()
+    finally:
+        directory.remove_proofs()
+
+
+def names(certificate: Path) -> list[str]:
+    loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
+    extension = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return list(extension.value.get_values_for_type(x509.UniformResourceIdentifier))
+
+
+def config(plan: LabPlan, member: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((plan.directory.config / f"{member}.yaml").read_text()))
+
+
+def test_every_configuration_is_valid_for_its_process(plan: LabPlan) -> None:
+    kinds = {
+        process.kind: check_file(Path(process.argv[-1]))
+        for process in plan.of_kind("node", "hub", "gateway", "device")
+    }
+    assert kinds == {
+        "hub": "hub configuration",
+        "node": "node configuration",
+        "gateway": "gateway configuration",
+    }
+
+
+def test_hubs_have_a_hubs_certificate_and_nothing_that_ends_a_route(plan: LabPlan) -> None:
+    for hub in plan.lab["hubs"]:
+        settings, _ = load_hub_config(plan.directory.config / f"{hub['id']}.yaml")
+        assert settings.hub_id == hub["id"]
+        assert {"reserves", "access", "quota", "limits"}.isdisjoint(config(plan, hub["id"]))
+        assert Identity("atlantic", Role.HUB, hub["id"]).uri in names(Path(hub["cert"]))
+    assert {hub["id"] for hub in plan.lab["hubs"]}.isdisjoint(node["id"] for node in plan.lab["nodes"])
+
+
+def test_a_couriered_link_has_no_device_and_room_for_its_table(plan: LabPlan) -> None:
+    for member in ("can-site-x", "hub-1"):
+        for link in config(plan, member)["links"]:
+            assert "device" not in link
+            assert link["pool_max_bytes"] >= 32 << 20
+    assert plan.lab["devices"] == []
+
+
+def test_ocean_paths_are_dialled_instead_of_the_peers_own_address(plan: LabPlan) -> None:
+    places = {entry["id"]: entry["grpc"] for entry in plan.lab["nodes"] + plan.lab["hubs"]}
+    dialled = config(plan, "can-site-x")["addresses"]
+    assert dialled.keys() == {"uk-site-z", "hub-1", "hub-2", "hub-3"}
+    assert all(dialled[peer] != places[peer] for peer in dialled)
