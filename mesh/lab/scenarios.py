@@ -133,7 +133,8 @@ class Stage:
         """Get fresh keys in both directions and compare them.
 
         Raises:
-            IntegrityError: they differ, or do not come.
+            IntegrityError: they differ.
+            UnavailableError: they do not come.
         """
         for master, slave in ((self.master, self.slave), (self.slave, self.master)):
             wanted = self.fresh_bytes()
@@ -157,16 +158,17 @@ class Stage:
         """Exchange keys before anything is broken; a lab that was mended a moment ago gets some time.
 
         Raises:
-            IntegrityError: they differ, or do not come in time.
+            IntegrityError: they differ.
+            UnavailableError: they do not come in time.
         """
         deadline_s = time.monotonic() + _RECOVER_S
         while True:
             try:
                 return self.exchange()
-            except IntegrityError:
+            except UnavailableError:
                 if time.monotonic() > deadline_s:
                     raise
-            self.wait_for_keys()
+            time.sleep(_POLL_S)
 
     def drain(self) -> tuple[list[FetchedKey], RefusedError]:
         """Ask until refused; returns the last keys given and the refusal.
@@ -186,9 +188,7 @@ class Stage:
                 if keys:
                     compare(b, self.master["id"], keys)
                 keys = given
-        raise IntegrityError(
-            "keys go on coming although too few routes are left", reason=ErrorReason.INTERNAL
-        )
+        raise _broken("keys go on coming although too few routes are left")
 
     def wait_for_keys(self) -> float:
         """Ask until keys come again; returns the seconds that took."""
@@ -274,9 +274,7 @@ def compare(slave: Encryptor, master: str, keys: list[FetchedKey]) -> None:
     try:
         fetched = slave.dec_keys(master, [key.key_id for key in keys])
     except RefusedError as error:
-        raise IntegrityError(
-            f"an acknowledged key is missing: {error}", reason=ErrorReason.INTERNAL
-        ) from error
+        raise _broken(f"an acknowledged key is missing: {error}") from error
     if {key.key_id: key.value for key in fetched} != {key.key_id: key.value for key in keys}:
         raise _broken("keys differ between the two ends")
 
@@ -293,10 +291,7 @@ def check_refusal(refusal: RefusedError, seconds: float) -> None:
         body = {}
     has_reason = any("reason" in detail for detail in body.get("details", ()))
     if refusal.status != http.client.SERVICE_UNAVAILABLE or not has_reason or seconds > _ANSWER_S:
-        raise IntegrityError(
-            f"refused after {seconds:.1f} s, not with 503 and a reason: {refusal}",
-            reason=ErrorReason.INTERNAL,
-        )
+        raise _broken(f"refused after {seconds:.1f} s, not with 503 and a reason: {refusal}")
 
 
 _SILENT = ("suspects", "culprits", "silent", "missing")
