@@ -167,6 +167,14 @@ def _alarm_ids(path: Path) -> Iterator[str]:
         for target in statement.targets
         if isinstance(target, ast.Name)
     }
+    # A function of the same file whose one return is the id.
+    for function in ast.walk(tree):
+        if (
+            isinstance(function, ast.FunctionDef)
+            and isinstance(last := function.body[-1], ast.Return)
+            and last.value
+        ):
+            named[function.name] = last.value
     for call in ast.walk(tree):
         if not (isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "raise_alarm" and call.args):
             continue
@@ -175,6 +183,8 @@ def _alarm_ids(path: Path) -> Iterator[str]:
             given = given.value
         if isinstance(given, ast.Name):
             given = named[given.id]
+        elif isinstance(given, ast.Call) and isinstance(given.func, ast.Name):
+            given = named[given.func.id]
         if isinstance(given, ast.JoinedStr):
             yield "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in given.values)
         elif isinstance(given, ast.Constant):

@@ -17,13 +17,18 @@ ROOT = Path(__file__).parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 
 
+GENERATED = re.compile(r"(^|/)(\.(?!ci/|gitignore)[^/]*|__pycache__|build|dist|[^/]*\.egg-info)(/|$)")
+
+
 def tracked() -> list[Path]:
-    """Every file that git knows; all files of an unpacked archive."""
+    """Every file that git knows; in an unpacked archive, whatever no tool has made."""
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if done.returncode == 0:
-        found = [ROOT / name for name in done.stdout.decode().split("\0") if name]
+        names = [name for name in done.stdout.decode().split("\0") if name]
     else:
-        found = [path for path in ROOT.rglob("*") if not {".venv", "build"} & set(path.parts)]
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*")]
+        names = [name for name in names if not GENERATED.search(name)]
+    found = [ROOT / name for name in names]
     return [path for path in found if path.is_file() and path != Path(__file__)]
 
 
@@ -32,7 +37,7 @@ def texts() -> dict[str, str]:
     contents = {}
     for path in tracked():
         data = path.read_bytes()
-        if b"\0" not in data[:1024]:
+        if b"\0" not in data:
             contents[str(path.relative_to(ROOT))] = data.decode("utf-8")
     return contents
 
