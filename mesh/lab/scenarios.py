@@ -61,6 +61,8 @@ class Stage:
         self._document = parse_document(decode_yaml((directory.network / "document.yaml").read_bytes()))
         self.master, self.slave = self._pair()
         self.grade: Grade = self._document.policy(self.master["node"], self.slave["node"]).grade
+        # What was said before this scenario began names nobody.
+        self._old_alarms = self._alarms()
         self._logs = {node["id"]: Path(node["log"]).stat().st_size for node in self.lab["nodes"]}
 
     def _pair(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,6 +87,20 @@ class Stage:
         if self.grade.kind is not GradeKind.DSKE:
             raise ConfigError(f"the pair's grade is {self.grade}: it has no hubs; try --network dske")
         return list(hubs)
+
+    def first_link(self) -> tuple[str, str]:
+        """The relay on a link of the master's node, and who is behind it.
+
+        Raises:
+            ConfigError: no link has a delay, so none has a relay.
+        """
+        end, other = self.master["node"], self.slave["node"]
+        for relay in self.lab["relays"]:
+            for neighbour in set(relay["between"]) - {end}:
+                is_link = end in relay["between"] and neighbour in self._document.neighbours(end)
+                if is_link and neighbour != other:
+                    return relay["id"], neighbour
+        raise ConfigError("no link of this lab has a delay, so none can be cut; try --network multipath")
 
     @contextmanager
     def broken(self, process_ids: list[str]) -> Iterator[None]:
@@ -231,23 +247,26 @@ class Stage:
         """
         deadline_s = time.monotonic() + _NAMED_S
         while time.monotonic() < deadline_s:
-            for text in [*self._alarms(), *self._log_lines()]:
+            alarms = [text for text, count in self._alarms().items() if count > self._old_alarms.get(text, 0)]
+            for text in [*alarms, *self._log_lines()]:
                 if member in text and any(word in text for word in words):
                     self.say(f"{member} is named: {text[:300]}")
                     return
             time.sleep(_POLL_S)
         raise _broken(f"nothing names {member} as {' or '.join(words)}")
 
-    def _alarms(self) -> list[str]:
-        texts = []
+    def _alarms(self) -> dict[str, int]:
+        """Open alarms of both ends as texts, and how often each was raised."""
+        found: dict[str, int] = {}
         for end in (self.master["node"], self.slave["node"]):
             (target,) = operator_targets(self.directory.root, end)
             try:
-                answer: Mapping[str, Any] = operator.as_plain(operator.ask(target, "alarms"))
+                answer = operator.as_plain(operator.ask(target, "alarms"))
             except MeshError:
                 continue
-            texts += [f"{end}: {alarm['alarm_id']}: {alarm['message']}" for alarm in answer["alarms"]]
-        return texts
+            for alarm in answer["alarms"]:
+                found[f"{end}: {alarm['alarm_id']}: {alarm['message']}"] = alarm["count"]
+        return found
 
     def _log_lines(self) -> list[str]:
         """What both ends have logged since this scenario began, as one text per event."""
@@ -316,12 +335,8 @@ def hub_liar(stage: Stage) -> None:
 
 def cut_link(stage: Stage) -> None:
     """One link is cut: keys still come, and the route is named."""
-    end, other = stage.master["node"], stage.slave["node"]
-    found = next((r for r in stage.lab["relays"] if end in r["between"] and other not in r["between"]), None)
-    if found is None:
-        raise ConfigError("no link of this lab has a delay, so none can be cut; try --network multipath")
-    (neighbour,) = [member for member in found["between"] if member != end]
-    with stage.broken([found["id"]]):
+    relay, neighbour = stage.first_link()
+    with stage.broken([relay]):
         stage.exchange()
         stage.expect_named(neighbour, _SILENT)
 
