@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from cryptography import x509
@@ -70,3 +71,18 @@ def test_ocean_paths_are_dialled_instead_of_the_peers_own_address(plan: LabPlan)
     dialled = config(plan, "can-site-x")["addresses"]
     assert dialled.keys() == {"uk-site-z", "hub-1", "hub-2", "hub-3"}
     assert all(dialled[peer] != places[peer] for peer in dialled)
+
+
+def test_a_link_to_a_hub_may_be_fed_by_a_device_pair_like_any_other(tmp_path: Path) -> None:
+    fed = load_network("dske")
+    link = fed.links[0]
+    fed = msgspec.structs.replace(fed, links=[msgspec.structs.replace(link, psrd_bytes=0), *fed.links[1:]])
+    directory = LabDirectory(tmp_path)
+    try:
+        plan = Planner(fed, directory).write()
+    finally:
+        directory.remove_proofs()
+    assert [entry["id"] for entry in plan.lab["devices"]] == [f"qkd-{link.link_id}"]
+    _, hub = load_hub_config(directory.config / "hub-1.yaml")
+    assert [section.device is not None for section in hub.links] == [True, False]
+    assert check_file(directory.config / f"qkd-{link.link_id}.yaml") == "device configuration"
