@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
+from math import comb
 from typing import NamedTuple
 
 from mesh.core.gf256 import inv, mul, scale
@@ -24,31 +25,38 @@ _PIECE_BYTES = 1 << 15
 #: formed in steps: pieces of 4096 bytes are summed, then those of 256 bytes, then of 16.
 _BULK_BYTES = 4096
 _DIGEST_STEPS = (4096, 256, 16)
+#: Polynomials tried, at most, to tell liars from those they framed; beyond, all are suspects.
+_MAX_EXPLANATIONS = 2048
+
+
+class Blame(NamedTuple):
+    """Who does not agree with an accepted secret.
+
+    Attributes:
+        named: share indices, ascending.
+        is_certain: they are the liars, given fewer than k of them; else they are suspects, the
+            honest ones that liars may have framed included.
+    """
+
+    named: tuple[int, ...] = ()
+    is_certain: bool = True
 
 
 class Found(NamedTuple):
-    """A secret that was accepted, and who agreed with it.
+    """A secret that was accepted, and who did not agree with it.
 
     Attributes:
         secret: the reconstructed Y_0.
         used: the k share indices it was computed from, ascending.
-        disagreeing: the indices of the other shares that are not on its polynomial.
-        is_certain: whether the disagreeing are the liars, given fewer than k of them. If not,
-            all are suspects: liars may have framed others with a polynomial of their own that
-            has the right value at 0. Two such polynomials share at most k-2 honest shares, so
-            one with 2k-2 or more shares on it is the honest one.
+        blame: judgement over all shares that were there.
     """
 
     secret: bytes
     used: tuple[int, ...]
-    disagreeing: tuple[int, ...]
-    is_certain: bool = True
+    blame: Blame = Blame()
 
     def __repr__(self) -> str:
-        return (
-            f"Found({len(self.secret)} bytes, used={self.used}, disagreeing={self.disagreeing},"
-            f" is_certain={self.is_certain})"
-        )
+        return f"Found({len(self.secret)} bytes, used={self.used}, {self.blame})"
 
 
 def derive(k: int, n: int, first: Sequence[Buffer]) -> tuple[bytes, list[bytes]]:
@@ -126,6 +134,7 @@ def find_secret(
     accept: Callable[[bytes], bool],
     order: Sequence[int] | None = None,
     *,
+    including: int | None = None,
     randomness: Callable[[int], bytes] | None = None,
 ) -> Found | None:
     """Search the k-subsets of ``shares`` for one whose secret is accepted.
@@ -141,6 +150,7 @@ def find_secret(
         k: the threshold by the target's own configuration.
         accept: whether a candidate Y_0 verifies.
         order: the indices, most trusted (earliest) first; default ascending.
+        including: only subsets with this index: the newest share, when the others were searched before.
         randomness: n -> n random bytes.
 
     Raises:
@@ -158,9 +168,12 @@ def find_secret(
         columns = _digests(shares, randomness)
         subsets = _by_support(columns, k, ranked)
     for subset in subsets:
+        if including is not None and including not in subset:
+            continue
         secret = combine(_select(shares, subset))
         if accept(secret):
-            return _named(shares, columns, subset, secret, ranked)
+            used = tuple(sorted(subset))
+            return Found(secret, used, blame(shares, k, used, randomness=randomness))
     return None
 
 
@@ -188,28 +201,66 @@ def _by_support(columns: Mapping[int, Buffer], k: int, ranked: tuple[int, ...]) 
     yield from (subset for subset in combinations(ranked, k) if subset not in tried)
 
 
-def _named(
+def blame(
     shares: Mapping[int, Buffer],
-    columns: Mapping[int, Buffer],
-    subset: tuple[int, ...],
-    secret: bytes,
-    ranked: tuple[int, ...],
-) -> Found:
-    """Who disagrees, by a polynomial with this secret that has enough shares on it, if there is one."""
-    k = len(subset)
-    enough = 2 * k - 2
-    support = _support(shares, subset)
-    if len(support) < enough <= len(ranked):
-        value = combine(_select(columns, subset))
-        for other in combinations(ranked, k):
-            if combine(_select(columns, other)) != value or len(_support(columns, other)) < enough:
-                continue
-            found = _support(shares, other)
-            if len(found) >= enough and combine(_select(shares, other)) == secret:
-                subset, support = other, found
-                break
-    disagreeing = tuple(sorted(set(shares) - support))
-    return Found(secret, tuple(sorted(subset)), disagreeing, len(support) >= enough)
+    k: int,
+    used: Sequence[int],
+    *,
+    randomness: Callable[[int], bytes] | None = None,
+) -> Blame:
+    """Who of ``shares`` does not fit the secret of ``used``, which was accepted; fewer than k may lie.
+
+    An *explanation* is a polynomial with that secret on which all but fewer than k shares lie.
+    The honest shares lie on one. If it is the only one, the shares off it are liars, certainly.
+    Else colluding liars may have framed others by a polynomial of their own that has the right
+    value at 0, and whoever is off any explanation is a suspect; without one, everybody is.
+
+    Args:
+        shares: index to share; all that arrived.
+        k: the threshold.
+        used: k indices whose secret was accepted.
+        randomness: as for ``find_secret``: long shares are then compared by digests where many
+            polynomials are tried. A digest can only hide a difference: certainty stays certain.
+    """
+    everyone = frozenset(shares)
+    support = _support(shares, used)
+    off = everyone - support
+    if not off or k == 1:
+        return Blame(tuple(sorted(off)), True)
+    enough = len(everyone) - (k - 1)
+    # Two explanations share at most k-2 shares, so 2k-2 on one leave too few for another.
+    if len(support) >= max(enough, 2 * k - 2):
+        return Blame(tuple(sorted(off)), True)
+    if comb(len(everyone), k - 1) > _MAX_EXPLANATIONS:
+        return Blame(tuple(sorted(everyone)), False)
+    columns = shares
+    if randomness is not None and len(shares[used[0]]) > _BULK_BYTES:
+        columns = _digests(shares, randomness)
+    explained = _explanations(columns, k, combine(_select(columns, used)), enough)
+    suspects = off.union(*(everyone - one for one in explained)) if explained else everyone
+    if len(explained) == 1:
+        (only,) = explained
+        subset = sorted(only)[:k]
+        # On digests it may have lost a difference: only the shares themselves prove it.
+        if (
+            combine(_select(shares, subset)) == combine(_select(shares, used))
+            and _support(shares, subset) == only
+        ):
+            return Blame(tuple(sorted(everyone - only)), True)
+    return Blame(tuple(sorted(suspects)), False)
+
+
+def _explanations(columns: Mapping[int, Buffer], k: int, secret: bytes, enough: int) -> set[frozenset[int]]:
+    """The shares on each polynomial with that secret that has enough of them on it."""
+    found: set[frozenset[int]] = set()
+    for chosen in combinations(sorted(columns), k - 1):
+        if any(one.issuperset(chosen) for one in found):
+            continue
+        others = [i for i in columns if i not in chosen]
+        on_it = [i for i in others if combine(_select(columns, (*chosen, i))) == secret]
+        if len(on_it) + k - 1 >= enough:
+            found.add(frozenset((*chosen, *on_it)))
+    return found
 
 
 def _digests(shares: Mapping[int, Buffer], randomness: Callable[[int], bytes]) -> dict[int, Buffer]:

@@ -1,18 +1,16 @@
-"""Transfers: the header every hop and the tag see, the secret's layout, and the target's collector.
+"""Transfers: the header every hop and the tag see, the secret's layout, the confirm.
 
-Owns protocol 3.1 to 3.4, 3.7 and 3.8: what a transfer is, who may send which share over which
-link, and when a secret counts as established. Decides only; it holds no clock, no randomness and
-no I/O. The byte layouts stand in docs/formats.md ("Keys").
+Owns protocol 3.1 to 3.4: what a transfer is, and who may send which share over which link. When a
+secret counts as established is ``mesh.core.collector``'s. The byte layouts stand in docs/formats.md
+("Keys").
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 
-from mesh.core import names, sharing
+from mesh.core import names
 from mesh.core.gf128 import secret_tag
 from mesh.core.network import Grade, NetworkDocument, check_routes
 from mesh.errors import MeshError, PeerError
@@ -255,195 +253,6 @@ class ConfirmMessage:
         if proven > 1:
             raise _bad("confirm", "proven is neither 0 nor 1")
         return cls(transfer, count, tag, incarnation, lineage, bool(proven))
-
-
-# -- the target's collector ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A secret whose tag fits. ``culprits`` are proven liars among the routes, by index."""
-
-    header: TransferHeader
-    tag: bytes
-    secret: bytes
-    culprits: tuple[int, ...]
-
-    def __repr__(self) -> str:
-        return f"Verified({self.header.transfer}, culprits={self.culprits})"
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """No k shares fit the tag, or too few came in time: routes that are suspects, by index."""
-
-    header: TransferHeader
-    suspects: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Disagreed:
-    """A share that came after the secret had verified does not lie on its polynomial."""
-
-    header: TransferHeader
-    culprits: tuple[int, ...]
-
-
-Outcome = Verified | Failed | Disagreed
-
-
-@dataclass(slots=True)
-class _Pending:
-    header: TransferHeader
-    encoded: bytes
-    tag: bytes
-    shares: dict[int, bytes] = field(default_factory=dict)
-    links: dict[int, str] = field(default_factory=dict)
-    is_verified: bool = False
-    drop_at_s: float = 0.0
-
-
-class Collector:
-    """Gathers the shares of transfers that end here until k of them fit the tag.
-
-    Bounded per incoming link (count and bytes); the oldest share of the *same* link is dropped
-    first, so one link cannot push out another's shares (protocol 3.7).
-
-    Args:
-        max_pending: shares held per incoming link.
-        max_pending_bytes: bytes held per incoming link.
-        keep_s: how long shares wait for their siblings, by the caller's clock (a header's expiry is
-            the source's clock, which may differ).
-        randomness: 16 fresh bytes per call, for the consistency check of bulk shares.
-    """
-
-    def __init__(
-        self, *, max_pending: int, max_pending_bytes: int, keep_s: float, randomness: Callable[[int], bytes]
-    ) -> None:
-        self._max_pending = max_pending
-        self._max_pending_bytes = max_pending_bytes
-        self._keep_s = keep_s
-        self._randomness = randomness
-        self._pending: dict[tuple[bytes, bytes], _Pending] = {}
-        self._by_link: dict[str, OrderedDict[tuple[tuple[bytes, bytes], int], int]] = {}
-        self._bytes: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._pending)
-
-    def pending(self, transfer: TransferId) -> bool:
-        """Whether shares of this transfer are here, without a verified secret yet."""
-        return any(
-            entry.header.transfer == transfer and not entry.is_verified for entry in self._pending.values()
-        )
-
-    def add(
-        self,
-        header: TransferHeader,
-        encoded: bytes,
-        tag: bytes,
-        *,
-        route: int,
-        came_from: str,
-        share: bytes,
-        now_s: float,
-    ) -> Outcome | None:
-        """Takes one share that passed ``check_hop`` and ``check_target``.
-
-        Shares of one transfer whose headers or tags differ are kept apart, so a liar cannot spoil
-        the honest group. A second share for the same route is ignored.
-        """
-        if header.grade.n == 1:
-            if transfer_tag(encoded, share) == tag:
-                return Verified(header, tag, share, ())
-            return Failed(header, (0,))
-        key = (encoded, tag)
-        entry = self._pending.get(key)
-        if entry is None:
-            entry = self._pending[key] = _Pending(header, encoded, tag, drop_at_s=now_s + self._keep_s)
-        if route in entry.shares or came_from in entry.links.values():
-            return None
-        entry.shares[route] = share
-        entry.links[route] = came_from
-        outcome = self._judge(entry)
-        self._account(key, route, came_from, len(share))
-        if len(entry.shares) == header.grade.n:
-            self._drop(key)
-        return outcome
-
-    def expire(self, now_s: float) -> list[Outcome]:
-        """Drops every transfer that waited too long; those that had k shares and no fit name suspects."""
-        outcomes: list[Outcome] = []
-        for key, entry in list(self._pending.items()):
-            if entry.drop_at_s > now_s:
-                continue
-            if not entry.is_verified and len(entry.shares) >= entry.header.grade.k:
-                outcomes.append(Failed(entry.header, tuple(sorted(entry.shares))))
-            self._drop(key)
-        return outcomes
-
-    def _judge(self, entry: _Pending) -> Outcome | None:
-        header = entry.header
-        if len(entry.shares) < header.grade.k:
-            return None
-        indexed = {route + 1: share for route, share in entry.shares.items()}
-        if entry.is_verified:
-            return self._compare_late(entry, indexed)
-        found = sharing.find_secret(
-            indexed,
-            header.grade.k,
-            lambda secret: transfer_tag(entry.encoded, secret) == entry.tag,
-            order=list(indexed),
-            randomness=self._randomness,
-        )
-        if found is None:
-            return (
-                Failed(header, tuple(sorted(entry.shares))) if len(entry.shares) == header.grade.n else None
-            )
-        entry.is_verified = True
-        culprits = tuple(x - 1 for x in found.disagreeing)
-        # From here on the entry holds only what verified: late shares are judged against it.
-        for route in culprits:
-            del entry.shares[route]
-        result = Verified(header, entry.tag, found.secret, culprits)
-        for route in culprits:
-            entry.shares[route] = b""
-        return result
-
-    @staticmethod
-    def _compare_late(entry: _Pending, indexed: Mapping[int, bytes]) -> Outcome | None:
-        good = [x for x, share in indexed.items() if share][: entry.header.grade.k]
-        if len(good) < entry.header.grade.k:
-            return None
-        late = list(indexed)[-1]
-        expected = sharing.evaluate({x: indexed[x] for x in good}, late)
-        if expected == indexed[late]:
-            return None
-        entry.shares[late - 1] = b""
-        return Disagreed(entry.header, (late - 1,))
-
-    def _account(self, key: tuple[bytes, bytes], route: int, came_from: str, size: int) -> None:
-        held = self._by_link.setdefault(came_from, OrderedDict())
-        held[key, route] = size
-        self._bytes[came_from] = self._bytes.get(came_from, 0) + size
-        while len(held) > 1 and (
-            len(held) > self._max_pending or self._bytes[came_from] > self._max_pending_bytes
-        ):
-            (old_key, old_route), old_size = held.popitem(last=False)
-            self._bytes[came_from] -= old_size
-            old = self._pending.get(old_key)
-            if old is not None:
-                old.shares.pop(old_route, None)
-                old.links.pop(old_route, None)
-                if not old.shares:
-                    del self._pending[old_key]
-
-    def _drop(self, key: tuple[bytes, bytes]) -> None:
-        entry = self._pending.pop(key)
-        for route, came_from in entry.links.items():
-            size = self._by_link[came_from].pop((key, route), None)
-            if size is not None:
-                self._bytes[came_from] -= size
 
 
 # -- encoding helpers -----------------------------------------------------------------------------

@@ -20,11 +20,14 @@ from mesh.errors import ConfigError, MeshError, PeerError
 from mesh.hub.config import HubConfig, build_policy, load_hub_config
 from mesh.hub.policy import PolicyHook
 from mesh.node.config import NodeConfig
+from mesh.node.keymetrics import KeyMetrics
 from mesh.node.keyplane import KeyPlane
 from mesh.node.keyports import DocumentView, KeyPlaneConfig, Surroundings
 from mesh.node.node import Node
+from mesh.node.peers import GrpcPeers
 from mesh.node.ports import LinkPlanePort
 from mesh.node.relay import Relay, ShareRouter
+from mesh.node.reports import Reports
 from mesh.ops.logging import setup_logging
 from mesh.ops.metrics import Metrics
 from mesh.ops.runtime import EXIT_CONFIG
@@ -99,14 +102,16 @@ class Hub(Node):
         return cls(settings, config, policy=policy)._running()
 
     def _build_plane(self, channels: ChannelPool, settings: KeyPlaneConfig) -> None:
-        del channels, settings
+        del settings
         around = Surroundings(
             own_id=self.config.kme_id,
             now_s=time.time,
             monotonic_s=time.monotonic,
             randomness=os.urandom,
             alarms=self.alarms,
+            metrics=KeyMetrics(self.metrics),
         )
+        peers = GrpcPeers(lambda peer: self._channel(channels, peer, Role.NODE))
         relay = HubRelay(
             around,
             links=self.links,
@@ -115,7 +120,9 @@ class Hub(Node):
             policy=self._policy,
             metrics=self.metrics,
         )
-        self.links.handler = ShareRouter(around, relay=relay, appender=None)
+        self.links.handler = ShareRouter(
+            around, relay=relay, appender=None, reports=Reports(around, peers, self.tasks.spawn)
+        )
 
     async def _start_plane(self, stack: contextlib.AsyncExitStack) -> None:
         """Nothing ends here, nothing to start."""

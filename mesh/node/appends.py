@@ -14,20 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mesh.core import mac, otp
+from mesh.core.collector import Collector, Failed, Named, Outcome, Verified
 from mesh.core.ranges import Range
 from mesh.core.reserve import check_append_epoch
 from mesh.core.sealed import decode_attachment
 from mesh.core.transfer import (
     SLOT_BYTES,
-    Collector,
     ConfirmMessage,
-    Disagreed,
-    Failed,
-    Outcome,
     SecretParts,
     TransferHeader,
     TransferId,
-    Verified,
     check_target,
     split_secret,
 )
@@ -35,7 +31,9 @@ from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError
 from mesh.node.deposits import Applied, InboundDeposits
 from mesh.node.inbound import INLINE_MAX_BYTES, InboundBook
 from mesh.node.keyports import DocumentView, Incarnation, PeerCaller, Surroundings
+from mesh.node.reports import Reports
 from mesh.node.reserves import Reserves
+from mesh.node.routewatch import RouteWatch
 from mesh.node.tasks import Background
 from mesh.store.store import Store
 from mesh.store.tables import AppendKind, AppendRow, ReserveRow, Tables
@@ -43,7 +41,9 @@ from mesh.v1.peer_pb2 import ConfirmRequest, TransferAnswer, TransferQuery
 
 _MAX_PENDING = 4096
 _MAX_PENDING_BYTES = 64 * 1024 * 1024
-_KEEP_S = 30.0
+_MAX_CHECKED_BYTES = 16 * 1024 * 1024
+#: A relay's queue lets a share go after ten seconds.
+_KEEP_S = 12.0
 _MAX_REFUSED = 1024
 _MAX_APPENDING_BYTES = 64 * 1024 * 1024
 _CONFIRM_PAUSES_S = (0.2, 1.0, 3.0)
@@ -78,8 +78,12 @@ class Appender:
         tasks: Background,
         incarnation: Incarnation,
         inbound_max_bytes: int,
+        watch: RouteWatch,
+        reports: Reports,
     ) -> None:
         self._around = around
+        self._watch = watch
+        self._reports = reports
         self._store = store
         self._reserves = reserves
         self._directory = directory
@@ -91,6 +95,7 @@ class Appender:
         self._collector = Collector(
             max_pending=_MAX_PENDING,
             max_pending_bytes=_MAX_PENDING_BYTES,
+            max_checked_bytes=_MAX_CHECKED_BYTES,
             keep_s=_KEEP_S,
             randomness=around.randomness,
         )
@@ -122,10 +127,9 @@ class Appender:
             self._refuse(header.transfer, ErrorReason.BUSY)
             raise ShortageError("too many bytes are being appended", reason=ErrorReason.BUSY)
         now_s = self._around.monotonic_s()
-        outcome = self._collector.add(
+        for outcome in self._collector.add(
             header, encoded, tag, route=route, came_from=came_from, share=share, now_s=now_s
-        )
-        if outcome is not None:
+        ):
             self._act(outcome)
 
     def expire(self) -> None:
@@ -134,33 +138,27 @@ class Appender:
             self._act(outcome)
 
     def _act(self, outcome: Outcome) -> None:
-        header = outcome.header
+        transfer = outcome.header.transfer
         if isinstance(outcome, Verified):
-            if outcome.culprits:
-                self._name(header, outcome.culprits, proven=True)
             self._appending_bytes += len(outcome.secret)
-            self._appending.add(header.transfer)
+            self._appending.add(transfer)
             self._tasks.spawn(self._append(outcome))
-        elif isinstance(outcome, Disagreed):
-            self._name(header, outcome.culprits, proven=True)
         elif isinstance(outcome, Failed):
-            self._refuse(header.transfer, ErrorReason.TAG_MISMATCH)
-            self._name(header, outcome.suspects, proven=False)
+            self._refuse(transfer, ErrorReason.TAG_MISMATCH)
+        else:
+            self._name(outcome)
 
-    def _name(self, header: TransferHeader, routes: tuple[int, ...], *, proven: bool) -> None:
-        """Names routes: culprits only when a verified majority proves it, else suspects (3.8)."""
-        word = "culprits" if proven else "suspects"
-        named = ", ".join("-".join(header.routes[index]) for index in routes)
-        _LOG.warning(
-            "shares of a transfer disagree",
-            extra={"source": header.transfer.source, "role": word, "routes": named},
+    def _name(self, named: Named) -> None:
+        transfer = named.header.transfer
+        routes = [named.header.routes[index] for index in named.routes]
+        self._watch.name(
+            routes,
+            named.verdict,
+            source=transfer.source,
+            target=transfer.target,
+            seen_by=self._around.own_id,
         )
-        self._around.alarms.raise_alarm(
-            f"establish/{header.transfer.source}/{word}"[:200],
-            "critical" if proven else "warning",
-            f"shares do not fit their tag; {word}: {named}"[:500],
-            "check the nodes and hubs on these routes and both their links",
-        )
+        self._reports.named(transfer, named.verdict, named.routes)
 
     def _refuse(self, transfer: TransferId, reason: ErrorReason) -> None:
         highest = self._reserves.highest_inbound(transfer.source)
@@ -297,8 +295,11 @@ class Appender:
         """What became of a transfer; a positive answer is the stored confirm, byte for byte."""
         asked = query.transfer
         transfer = TransferId(asked.source_kme_id, asked.target_kme_id, asked.epoch, asked.first_slot)
-        if transfer in self._appending or self._collector.pending(transfer):
+        if transfer in self._appending:
             return TransferAnswer(state=TransferAnswer.PENDING)
+        arrived = self._collector.pending(transfer, query.tag)
+        if arrived is not None:
+            return TransferAnswer(state=TransferAnswer.PENDING, arrived_routes=arrived)
         book = self._reserves.inbound(transfer.source, transfer.epoch)
         row = None
         if book is not None and transfer.target == self._around.own_id:

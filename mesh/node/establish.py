@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from mesh.core import mac, otp, sharing
-from mesh.core.network import NetworkDocument
+from mesh.core.collector import Verdict
 from mesh.core.transfer import (
     CONFIRM_KEY_BYTES,
+    KEY_PART_BYTES,
     PREFIX_BYTES,
     SLOT_BYTES,
     ConfirmMessage,
@@ -26,67 +26,32 @@ from mesh.core.transfer import (
     transfer_tag,
 )
 from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, TagMismatchError, UnavailableError
-from mesh.node.keyports import DocumentView, PeerCaller, RoutePort, Surroundings
+from mesh.node.keyports import PeerCaller, Surroundings
 from mesh.node.outbound import OutboundBook
-from mesh.node.ports import Claim, LinkPlanePort, LinkPort
+from mesh.node.paths import Path, Paths
+from mesh.node.ports import Claim
+from mesh.node.reports import transfer_proto
 from mesh.node.reserves import Reserves
+from mesh.node.routewatch import RouteWatch
 from mesh.node.tasks import Background
+from mesh.node.underway import BULK, Order, RouteError, Transfer, Underway, short_of_routes
 from mesh.v1.link_pb2 import ShareItem
-from mesh.v1.peer_pb2 import ConfirmRequest, TransferAnswer, TransferQuery
-from mesh.v1.peer_pb2 import TransferId as TransferIdProto
+from mesh.v1.peer_pb2 import ConfirmRequest, RouteReport, TransferAnswer, TransferQuery
 
-BULK, ON_DEMAND = 0, 1
 _EXPIRES_AFTER_S = 60
 _FIRST_QUERY_S = 0.5
 _MAX_QUERY_PAUSE_S = 4.0
 _MAX_IN_FLIGHT = 1024
 _MAX_WRONG_CONFIRMS = 1 << 10
 _OPEN_TRIES = 4
+#: A target that has heard nothing over a route for so long will not hear it in time.
+_ROUTE_LATE_S = 1.2
 
 _LOG = logging.getLogger("keymesh.establish")
 
 
 class _EpochRefusedError(PeerError):
     """The target does not take appends in this epoch: it must be given up."""
-
-
-@dataclass(slots=True, repr=False)
-class _Transfer:
-    """A transfer that was sent and is neither confirmed nor forfeited."""
-
-    header: TransferHeader
-    tag: bytes
-    confirm_key: bytes
-    book: OutboundBook
-    is_confirmed: bool = False
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    wrong_confirms: int = 0
-
-    def __repr__(self) -> str:
-        return f"_Transfer({self.header.transfer})"
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What to establish.
-
-    Attributes:
-        target: the other KME.
-        slots: slots asked for, at least one.
-        kind: keys or sealed.
-        priority: BULK or ON_DEMAND; relays may drop bulk when material is short.
-        persists: keep a durable copy (refills, sealed slots); on-demand keys are drawn at once.
-        attachment: plaintext of a deposit to apply with the append, empty for none.
-        request_id: for logs along the way.
-    """
-
-    target: str
-    slots: int
-    kind: SlotKind = SlotKind.KEYS
-    priority: int = ON_DEMAND
-    persists: bool = False
-    attachment: bytes = b""
-    request_id: str = ""
 
 
 class Establisher:
@@ -101,29 +66,27 @@ class Establisher:
         self,
         around: Surroundings,
         *,
-        links: LinkPlanePort,
+        paths: Paths,
         reserves: Reserves,
-        routes: RoutePort,
-        directory: DocumentView,
         peers: PeerCaller,
         tasks: Background,
+        watch: RouteWatch,
         open_epoch: Callable[[str, int], bytes],
     ) -> None:
         self._around = around
-        self._links = links
+        self._paths = paths
         self._reserves = reserves
-        self._routes = routes
-        self._directory = directory
+        self._watch = watch
         self._peers = peers
         self._tasks = tasks
         self._open_epoch = open_epoch
-        self._in_flight: dict[TransferId, _Transfer] = {}
+        self._underway = Underway(watch, around.metrics)
         self._opening: dict[str, asyncio.Lock] = {}
 
     @property
     def in_flight(self) -> int:
         """Transfers sent and not settled."""
-        return len(self._in_flight)
+        return len(self._underway.in_flight)
 
     async def establish(self, order: Order, *, timeout_s: float) -> OutboundBook:
         """Establishes fresh slots with the target; returns the reserve that holds them, confirmed.
@@ -136,7 +99,30 @@ class Establisher:
             UnavailableError: a neighbour or the target cannot be reached in time.
             PeerError: the target refused.
         """
-        deadline = self._around.monotonic_s() + timeout_s
+        began_s = self._around.monotonic_s()
+        metrics, result = self._around.metrics, ErrorReason.INTERNAL.value
+        try:
+            book = await self._establish(order, began_s + timeout_s)
+        except MeshError as exc:
+            result = exc.reason.value
+            raise
+        else:
+            result = "ok"
+            priority = "bulk" if order.priority == BULK else "on-demand"
+            metrics.establish_s.labels(book.grade, priority).observe(self._around.monotonic_s() - began_s)
+            if order.kind is SlotKind.KEYS:
+                metrics.established_bytes.labels(book.grade).inc(order.slots * KEY_PART_BYTES)
+            return book
+        finally:
+            metrics.establishes.labels(self._grade_text(order.target), result).inc()
+
+    def _grade_text(self, target: str) -> str:
+        try:
+            return str(self._paths.grade(target))
+        except ShortageError:
+            return "none"
+
+    async def _establish(self, order: Order, deadline: float) -> OutboundBook:
         for _ in range(_OPEN_TRIES):
             book = await self._current(order.target)
             if book.is_opened:
@@ -158,7 +144,7 @@ class Establisher:
 
     async def _current(self, target: str) -> OutboundBook:
         """The current epoch towards a target, of the pair's grade (3.4); made when there is none."""
-        grade = str(self._document().policy(self._around.own_id, target).grade)
+        grade = str(self._paths.grade(target))
         book = self._reserves.outbound.get(target)
         if book is not None and book.grade != grade:
             self.forget_epoch(book)
@@ -172,70 +158,61 @@ class Establisher:
         return book
 
     async def _run(self, order: Order, book: OutboundBook, deadline: float, *, opens: bool = False) -> bool:
-        """One transfer in one epoch. True: confirmed and usable; False: the epoch had to go."""
-        if len(self._in_flight) >= _MAX_IN_FLIGHT:
+        """One transfer in one epoch. True: confirmed and usable; False: try again, the deadline allows."""
+        if len(self._underway.in_flight) >= _MAX_IN_FLIGHT:
             raise ShortageError("too many transfers in flight", reason=ErrorReason.BUSY, retry_after_s=1.0)
+        if self._around.monotonic_s() >= deadline:
+            raise UnavailableError(
+                "there was no time left for a transfer",
+                reason=ErrorReason.DEADLINE_EXCEEDED,
+                retry_after_s=1.0,
+            )
         attachment = self._open_epoch(book.peer, book.epoch) if opens else order.attachment
-        routes = self._routes.routes(book.peer)
         draws = order.kind is SlotKind.KEYS and not order.persists
         first = await book.assign(order.slots, order.kind, draws=draws)
         is_confirmed = False
-        transfer: _Transfer | None = None
+        transfer: Transfer | None = None
         try:
             length = PREFIX_BYTES + len(attachment) + SLOT_BYTES * order.slots
-            links = await self._ready(routes, length, deadline)
-            transfer = self._send(order, book, first=first, attachment=attachment, routes=routes, links=links)
+            paths = await self._paths.ready(book.peer, length, deadline, is_bulk=order.priority == BULK)
+            transfer = self._send(order, book, first=first, attachment=attachment, paths=paths)
             if order.persists:
                 self._tasks.spawn(book.persist(first, int(self._around.now_s())))
             await self._await_confirm(transfer, deadline)
             is_confirmed = True
         except _EpochRefusedError:
             self.forget_epoch(book)
+        except RouteError:
+            if transfer is None or not self._has_others(transfer):
+                raise
         finally:
             if transfer is not None:
-                self._in_flight.pop(transfer.header.transfer, None)
+                self._underway.in_flight.pop(transfer.header.transfer, None)
                 is_confirmed = is_confirmed or transfer.is_confirmed
             if not is_confirmed:
                 book.forfeit(first)
         return is_confirmed and book.is_open
 
-    async def _ready(self, routes: Sequence[tuple[str, ...]], length: int, deadline: float) -> list[LinkPort]:
-        """All first links, each with that much claimable, at one moment (no await after it)."""
-        links: list[LinkPort] = []
-        for route in routes:
-            link = self._links.link(route[1])
-            if link is None:
-                raise ShortageError("no link to the first node of the route", reason=ErrorReason.NO_ROUTE)
-            links.append(link)
-        while True:
-            for link in links:
-                if link.claimable() < length:
-                    await link.ready(length, timeout_s=max(0.0, deadline - self._around.monotonic_s()))
-            if all(link.claimable() >= length for link in links):
-                return links
-            if self._around.monotonic_s() >= deadline:
-                raise ShortageError("lane material was taken by others", retry_after_s=1.0)
+    def _has_others(self, transfer: Transfer) -> bool:
+        """Whether someone waits for the transfer and the policy has routes that differ from its own."""
+        if transfer.order.priority == BULK:
+            return False
+        return set(self._paths.routes(transfer.header.transfer.target)) != set(transfer.header.routes)
 
     def _send(
-        self,
-        order: Order,
-        book: OutboundBook,
-        *,
-        first: int,
-        attachment: bytes,
-        routes: Sequence[tuple[str, ...]],
-        links: Sequence[LinkPort],
-    ) -> _Transfer:
+        self, order: Order, book: OutboundBook, *, first: int, attachment: bytes, paths: Sequence[Path]
+    ) -> Transfer:
         """Claims on every link, derives shares and tag, sends: one sync section (pad rule 8)."""
-        grade = self._document().policy(self._around.own_id, book.peer).grade
-        if str(grade) != book.grade or len(routes) != grade.n:
+        grade = self._paths.grade(book.peer)
+        if str(grade) != book.grade or len(paths) != grade.n:
             raise ShortageError(
                 "the pair's grade changed", reason=ErrorReason.GRADE_UNAVAILABLE, retry_after_s=0.1
             )
         length = PREFIX_BYTES + len(attachment) + SLOT_BYTES * order.slots
-        claims: list[Claim] = []
-        for index, link in enumerate(links):
-            claims.append(link.claim(length, 0) if index < grade.k else link.claim(0, length))
+        live = [(index, path.link) for index, path in enumerate(paths) if path.link is not None]
+        claims: list[Claim] = [
+            link.claim(length, 0) if index < grade.k else link.claim(0, length) for index, link in live
+        ]
         secret, derived = sharing.derive(grade.k, grade.n, [claim.raw for claim in claims[: grade.k]])
         parts = split_secret(secret, len(attachment))
         header = TransferHeader(
@@ -243,16 +220,17 @@ class Establisher:
             slot_count=order.slots,
             kind=order.kind,
             grade=grade,
-            routes=tuple(routes),
+            routes=tuple(path.route for path in paths),
             expires_at_s=int(self._around.now_s()) + _EXPIRES_AFTER_S,
             attachment=otp.xor(attachment, parts.attachment_pad) if attachment else b"",
         )
         encoded = header.encode()
         tag = transfer_tag(encoded, secret)
         book.hold(first, order.slots, order.kind, parts.payload, persists=order.persists)
-        transfer = _Transfer(header, tag, parts.confirm_key, book)
-        self._in_flight[header.transfer] = transfer
-        for index, (link, claim) in enumerate(zip(links, claims, strict=True)):
+        sent = frozenset(index for index, _ in live)
+        transfer = Transfer(header, tag, parts.confirm_key, book, order, sent)
+        self._underway.add(transfer)
+        for (index, link), claim in zip(live, claims, strict=True):
             item = ShareItem(
                 header=encoded,
                 tag=tag,
@@ -264,39 +242,69 @@ class Establisher:
                 priority=order.priority,
             )
             link.send(claim, [item], b"" if index < grade.k else derived[index - grade.k])
+            if order.priority == BULK:
+                self._paths.spent(paths[index], length)
         return transfer
 
-    async def _await_confirm(self, transfer: _Transfer, deadline: float) -> None:
+    async def _await_confirm(self, transfer: Transfer, deadline: float) -> None:
         """Waits for the confirm; asks the target when it is late (its own message may be lost)."""
         pause = _FIRST_QUERY_S
+        began_s = self._around.monotonic_s()
         while True:
             left = deadline - self._around.monotonic_s()
             if left <= 0:
-                raise UnavailableError(
-                    "the transfer was not confirmed in time",
-                    reason=ErrorReason.DEADLINE_EXCEEDED,
-                    retry_after_s=1.0,
-                )
+                raise self._late(transfer)
             try:
                 async with asyncio.timeout(min(pause, left)):
                     await asyncio.shield(transfer.done)
             except TimeoutError:
-                await self._query(
-                    transfer, timeout_s=min(2.0, max(0.1, deadline - self._around.monotonic_s()))
-                )
+                left = deadline - self._around.monotonic_s()
+                await self._query(transfer, timeout_s=min(2.0, max(0.1, left)))
                 pause = min(pause * 2, _MAX_QUERY_PAUSE_S)
+                is_late = self._around.monotonic_s() - began_s >= _ROUTE_LATE_S
+                if is_late and not transfer.done.done() and self._is_hopeless(transfer):
+                    self._name_missing(transfer)
+                    if self._has_others(transfer):
+                        raise RouteError("shares did not arrive over all routes") from None
             else:
                 return
 
-    async def _query(self, transfer: _Transfer, *, timeout_s: float) -> None:
-        t = transfer.header.transfer
-        wanted = TransferIdProto(
-            source_kme_id=t.source, target_kme_id=t.target, epoch=t.epoch, first_slot=t.first_slot
-        )
-        try:
-            answer = await self._peers.query(
-                t.target, TransferQuery(transfer=wanted, tag=transfer.tag), timeout_s=timeout_s
+    @staticmethod
+    def _is_hopeless(transfer: Transfer) -> bool:
+        """Fewer than k shares have arrived, as far as the target said."""
+        return transfer.arrived is not None and len(transfer.arrived) < transfer.header.grade.k
+
+    def _name_missing(self, transfer: Transfer) -> None:
+        """Names routes whose shares left here and did not arrive, by the target's word."""
+        if transfer.missing and not transfer.is_named:
+            transfer.is_named = True
+            t = transfer.header.transfer
+            self._watch.name(
+                transfer.routes(transfer.missing),
+                Verdict.SILENT,
+                source=t.source,
+                target=t.target,
+                seen_by=t.source,
             )
+
+    def _late(self, transfer: Transfer) -> MeshError:
+        """Why the transfer was not confirmed in time, as far as anybody knows."""
+        if transfer.header.grade.n > 1 and self._is_hopeless(transfer):
+            self._name_missing(transfer)
+            return short_of_routes(transfer, transfer.missing, "shares did not arrive over these routes")
+        if self._is_hopeless(transfer):
+            self._name_missing(transfer)
+        return UnavailableError(
+            "the transfer was not confirmed in time",
+            reason=ErrorReason.DEADLINE_EXCEEDED,
+            retry_after_s=1.0,
+        )
+
+    async def _query(self, transfer: Transfer, *, timeout_s: float) -> None:
+        t = transfer.header.transfer
+        query = TransferQuery(transfer=transfer_proto(t), tag=transfer.tag)
+        try:
+            answer = await self._peers.query(t.target, query, timeout_s=timeout_s)
         except MeshError as exc:
             _LOG.info("transfer query failed", extra={"peer": t.target, "cause": str(exc)})
             return
@@ -307,8 +315,12 @@ class Establisher:
                 _LOG.warning("transfer query answered wrongly", extra={"peer": t.target, "cause": str(exc)})
         elif answer.state == TransferAnswer.REFUSED:
             self._refused(transfer, answer)
+        elif answer.state == TransferAnswer.UNKNOWN:
+            transfer.arrived = frozenset()
+        elif answer.arrived_routes:
+            transfer.arrived = frozenset(answer.arrived_routes)
 
-    def _refused(self, transfer: _Transfer, answer: TransferAnswer) -> None:
+    def _refused(self, transfer: Transfer, answer: TransferAnswer) -> None:
         """Nobody authenticates a refusal: it costs the transfer, and at most one epoch number."""
         target = transfer.header.transfer.target
         if transfer.done.done():
@@ -334,7 +346,7 @@ class Establisher:
             TagMismatchError: not made with the transfer's confirm key.
         """
         message = ConfirmMessage.decode(request.message)
-        transfer = self._in_flight.get(message.transfer)
+        transfer = self._underway.in_flight.get(message.transfer)
         if transfer is None:
             return False
         try:
@@ -344,11 +356,11 @@ class Establisher:
             raise
         if (message.slot_count, message.tag) != (transfer.header.slot_count, transfer.tag):
             raise PeerError("confirm does not fit its transfer", facts={"target": message.transfer.target})
-        del self._in_flight[message.transfer]
+        del self._underway.in_flight[message.transfer]
         self._settle(transfer, message)
         return True
 
-    def _settle(self, transfer: _Transfer, message: ConfirmMessage) -> None:
+    def _settle(self, transfer: Transfer, message: ConfirmMessage) -> None:
         now_s = int(self._around.now_s())
         book = transfer.book
         transfer.is_confirmed = True
@@ -362,12 +374,16 @@ class Establisher:
         if not transfer.done.done():
             transfer.done.set_result(None)
 
+    def on_report(self, caller: str, report: RouteReport) -> None:
+        """A target or a relay says what became of a transfer's routes."""
+        self._underway.on_report(caller, report)
+
     def forget_epoch(self, book: OutboundBook) -> None:
         """Forfeits the undrawn rest of an epoch; the next establish opens another."""
         _LOG.warning("reserve epoch forfeited", extra={"peer": book.peer, "epoch": book.epoch})
         self._reserves.retire_outbound(book, int(self._around.now_s()))
 
-    def _count_wrong(self, transfer: _Transfer) -> None:
+    def _count_wrong(self, transfer: Transfer) -> None:
         transfer.wrong_confirms += 1
         if transfer.wrong_confirms < _MAX_WRONG_CONFIRMS or transfer.done.done():
             return
@@ -379,9 +395,3 @@ class Establisher:
             "look for someone between the nodes who holds a node certificate",
         )
         transfer.done.set_exception(TagMismatchError())
-
-    def _document(self) -> NetworkDocument:
-        document = self._directory.document
-        if document is None:
-            raise ShortageError("no network document yet", reason=ErrorReason.NO_ROUTE, retry_after_s=1.0)
-        return document

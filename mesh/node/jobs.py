@@ -16,11 +16,12 @@ from mesh.core.ranges import Range
 from mesh.core.sealed import Envelope, encode_attachment, seal, slots_needed, verify_answer
 from mesh.core.transfer import KEY_PART_BYTES, SlotKind
 from mesh.errors import ErrorReason, MeshError, PeerError, TagMismatchError, UnavailableError
-from mesh.node.establish import Establisher, Order
+from mesh.node.establish import Establisher
 from mesh.node.keyports import PeerCaller, Surroundings
 from mesh.node.outbound import OutboundBook
 from mesh.node.reserves import Reserves
 from mesh.node.tasks import Background, unbroken
+from mesh.node.underway import Order
 from mesh.store.store import Store
 from mesh.store.tables import JobRow, Tables
 from mesh.v1.peer_pb2 import DepositRequest, DepositResponse, OpenEpoch, SealedAnswer, SealedMessage

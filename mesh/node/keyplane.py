@@ -31,12 +31,15 @@ from mesh.node.establish import Establisher
 from mesh.node.jobs import Jobs, open_epoch_attachment
 from mesh.node.keyports import DocumentView, Incarnation, KeyPlaneConfig, PeerCaller, RoutePort, Surroundings
 from mesh.node.keystore import LOCAL_GRADE, StoredKeys
+from mesh.node.paths import Paths
 from mesh.node.ports import LinkPlanePort
 from mesh.node.publishing import ALARM as DIRECTORY_DOUBTS
 from mesh.node.redeem import Redeemer
 from mesh.node.relay import Relay, ShareRouter
+from mesh.node.reports import Reports
 from mesh.node.reserves import RETIRE_ALL, Reserves
 from mesh.node.retire import Retirer
+from mesh.node.routewatch import CarefulRoutes, RouteWatch
 from mesh.node.supply import Keys, Supply
 from mesh.node.tasks import Background, unbroken
 from mesh.store.store import Store
@@ -123,6 +126,16 @@ class KeyPlane:
         self._directory = directory
         self._incarnation = incarnation
         self.tasks = Background()
+        self.watch = RouteWatch(around.alarms, around.metrics, around.monotonic_s)
+        paths = Paths(
+            around,
+            links=links,
+            routes=CarefulRoutes(routes, self.watch),
+            directory=directory,
+            watch=self.watch,
+            lane_floor_bytes=config.lane_floor_bytes,
+        )
+        reports = Reports(around, peers, self.tasks.spawn)
         self.reserves = Reserves(
             store, around.own_id, lifetime_s=config.key_lifetime_s, spawn=self.tasks.spawn
         )
@@ -144,15 +157,16 @@ class KeyPlane:
             tasks=self.tasks,
             incarnation=incarnation,
             inbound_max_bytes=config.inbound_max_bytes,
+            watch=self.watch,
+            reports=reports,
         )
         self.establisher = Establisher(
             around,
-            links=links,
+            paths=paths,
             reserves=self.reserves,
-            routes=routes,
-            directory=directory,
             peers=peers,
             tasks=self.tasks,
+            watch=self.watch,
             open_epoch=lambda _peer, epoch: open_epoch_attachment(around.randomness(16), epoch),
         )
         self.jobs = Jobs(
@@ -165,9 +179,8 @@ class KeyPlane:
         )
         self.supply = Supply(
             around,
-            links=links,
             reserves=self.reserves,
-            routes=routes,
+            paths=paths,
             establisher=self.establisher,
             tasks=self.tasks,
             config=config,
@@ -189,7 +202,7 @@ class KeyPlane:
             around, store=store, reserves=self.reserves, jobs=self.jobs, lifetime_s=config.key_lifetime_s
         )
         relay = Relay(around, links=links, directory=directory, bulk_floor_bytes=config.lane_floor_bytes)
-        self.shares = ShareRouter(around, relay=relay, appender=self.appender)
+        self.shares = ShareRouter(around, relay=relay, appender=self.appender, reports=reports)
         self._quotas = Quotas()
         self._pairs: dict[tuple[str, str], _Pair] = {}
         self._pairs_document: NetworkDocument | None = None
@@ -220,6 +233,7 @@ class KeyPlane:
         while True:
             self.supply.prefilled = self._prefill_peers()
             self.appender.expire()
+            self.watch.tidy()
             now_s = self._around.monotonic_s()
             if now_s - last_retire_s >= min(_RETIRE_EVERY_S, self._config.key_lifetime_s / 8):
                 last_retire_s = now_s

@@ -6,17 +6,19 @@ asks for. Tests implement them by hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from mesh.core.network import NetworkDocument
 from mesh.core.policy import AccessTable, Limits, Rate, WaterMarks
+from mesh.node.keymetrics import KeyMetrics
 from mesh.v1.peer_pb2 import (
     ConfirmRequest,
     ConfirmResponse,
     DepositRequest,
     DepositResponse,
+    RouteReport,
     TransferAnswer,
     TransferQuery,
 )
@@ -24,6 +26,10 @@ from mesh.v1.peer_pb2 import (
 
 class PeerCaller(Protocol):
     """Calls the peer service of another KME. Every failure is a MeshError."""
+
+    async def report(self, kme_id: str, request: RouteReport, *, timeout_s: float) -> None:
+        """Tells the source of a transfer what became of its routes."""
+        ...
 
     async def confirm(self, kme_id: str, request: ConfirmRequest, *, timeout_s: float) -> ConfirmResponse:
         """Tells the source that its transfer is appended."""
@@ -35,6 +41,14 @@ class PeerCaller(Protocol):
 
     async def deposit(self, kme_id: str, request: DepositRequest, *, timeout_s: float) -> DepositResponse:
         """Delivers a sealed message."""
+        ...
+
+
+class RouteReporter(Protocol):
+    """Tells the sources of transfers about their routes; all that a hub may call."""
+
+    async def report(self, kme_id: str, request: RouteReport, *, timeout_s: float) -> None:
+        """Tells the source what became of its routes. Every failure is a MeshError."""
         ...
 
 
@@ -64,12 +78,20 @@ class DocumentView(Protocol):
 class RoutePort(Protocol):
     """Finds the routes that a pair's grade asks for."""
 
-    def routes(self, target: str) -> tuple[tuple[str, ...], ...]:
-        """n disjoint whole paths to ``target``, cheapest first.
+    def routes(self, target: str, *, avoid: Collection[str] = ()) -> tuple[tuple[str, ...], ...]:
+        """n disjoint whole paths to ``target``, cheapest first, without the nodes to avoid.
 
         Raises:
             ShortageError: NO_ROUTE or GRADE_UNAVAILABLE.
         """
+        ...
+
+    def spare_bytes(self, route: tuple[str, ...]) -> int | None:
+        """Lane bytes that bulk may still use on the scarcest hop beyond the first; None if unknown."""
+        ...
+
+    def spend(self, route: tuple[str, ...], nbytes: int) -> None:
+        """Bulk is about to use that much on every hop: until the levels are told anew it is not spare."""
         ...
 
 
@@ -114,7 +136,7 @@ class KeyPlaneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every part of the key plane is given: clock, randomness, alarms, background tasks."""
+    """What every part of the key plane is given: clock, randomness, alarms, metrics."""
 
     own_id: str
     now_s: Callable[[], float]
@@ -122,3 +144,4 @@ class Surroundings:
     randomness: Callable[[int], bytes]
     alarms: AlarmPort
     audit: Callable[[str, Sequence[dict[str, object]]], None] | None = None
+    metrics: KeyMetrics = field(default_factory=KeyMetrics)

@@ -31,6 +31,7 @@ from mesh.directory.static import StaticDirectory
 from mesh.errors import ConfigError, MeshError, RolledBackError, UnavailableError
 from mesh.node.config import LinkSection, NodeConfig, load_node_config
 from mesh.node.documents import PeerDocuments, build_keeper
+from mesh.node.keymetrics import KeyMetrics
 from mesh.node.keyplane import KeyPlane
 from mesh.node.keyports import Incarnation, KeyPlaneConfig, Surroundings
 from mesh.node.links import LinkConfig, LinkPlane
@@ -285,6 +286,10 @@ class Node:
             raise UnavailableError("no address is known for this KME", facts={"kme_id": kme_id})
         return channels.channel(address, Identity(self.config.domain_id, role, kme_id))
 
+    def _link_is_open(self, peer: str) -> bool | None:
+        link = self.links.link(peer)
+        return None if link is None else link.is_open
+
     def _role_of(self, kme_id: str) -> Role:
         document = self.keeper.document
         known = None if document is None else document.nodes.get(kme_id)
@@ -332,12 +337,13 @@ class Node:
                 monotonic_s=time.monotonic,
                 randomness=local_randomness(self.config),
                 alarms=self.alarms,
+                metrics=KeyMetrics(self.metrics),
             ),
             settings,
             store=self.store,
             links=self.links,
             directory=self.directory,
-            routes=DirectoryRoutes(self.config.kme_id, self.directory),
+            routes=DirectoryRoutes(self.config.kme_id, self.directory, link_is_open=self._link_is_open),
             peers=GrpcPeers(lambda peer: self._channel(channels, peer, Role.NODE)),
             incarnation=Incarnation(self.incarnation, self.is_proven),
         )

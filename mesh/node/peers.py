@@ -17,6 +17,7 @@ from mesh.v1.peer_pb2 import (
     ConfirmResponse,
     DepositRequest,
     DepositResponse,
+    RouteReport,
     TransferAnswer,
     TransferQuery,
 )
@@ -55,6 +56,13 @@ class GrpcPeers:
         """Delivers a sealed message."""
         try:
             return await self._stub(kme_id).Deposit(request, timeout=timeout_s)
+        except grpc.RpcError as exc:
+            raise error_from_rpc(exc) from exc
+
+    async def report(self, kme_id: str, request: RouteReport, *, timeout_s: float) -> None:
+        """Tells the source of a transfer what became of its routes."""
+        try:
+            await self._stub(kme_id).ReportRoutes(request, timeout=timeout_s)
         except grpc.RpcError as exc:
             raise error_from_rpc(exc) from exc
 

@@ -18,22 +18,34 @@ from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError
 from mesh.node.appends import Appender
 from mesh.node.keyports import DocumentView, Surroundings
 from mesh.node.ports import LinkPlanePort, LinkPort
+from mesh.node.reports import Reports
 from mesh.v1.link_pb2 import ShareItem
 
 _MAX_HEADERS = 512
 _WINDOW_S = 10.0
-_LEAST_BUDGET_BYTES = 64 * 1024
+#: A source that used less than this within the window may use a lane to its end.
+_LIGHT_BYTES = 64 * 1024
+_MOST_KEPT_BYTES = 4 * 1024 * 1024
 _MAX_SOURCES = 4096
 
 _LOG = logging.getLogger("keymesh.relay")
 
 
+def kept_bytes(usable_bytes: int) -> int:
+    """Lane bytes that a relay keeps for sources which have used little, from those that use much (3.9)."""
+    return min(_MOST_KEPT_BYTES, usable_bytes // 4)
+
+
 @dataclass(slots=True)
 class _Spent:
-    """Second-leg pad that one source used on one link within the current window."""
+    """Second-leg pad that one source used on one link within the current window.
+
+    Attributes:
+        kept: what the lane keeps for lighter sources, from its level when the window began.
+    """
 
     since_s: float
-    budget: int
+    kept: int
     spent: int = 0
 
 
@@ -58,7 +70,7 @@ class Relay:
 
         Raises:
             PeerError: our own configuration does not permit the pair's routes.
-            ShortageError: no link, too little material, or the source's budget is used up.
+            ShortageError: no link, too little material, or the rest is kept for other sources.
         """
         document = self._directory.document
         if document is None:
@@ -82,21 +94,22 @@ class Relay:
         link.enqueue(onward, value)
 
     def _charge(self, link: LinkPort, source: str, nbytes: int, *, is_bulk: bool) -> None:
-        """Half of what the lane holds, per source and window; bulk stops above the floor (3.9)."""
+        """Whoever uses much leaves something for the others, and bulk something for keys on demand (3.9)."""
         now_s = self._around.monotonic_s()
+        usable = link.status().transmit.usable
         key = (source, link.peer)
         spent = self._spent.get(key)
         if spent is None or now_s - spent.since_s >= _WINDOW_S:
-            usable = link.status().transmit.usable
-            spent = self._spent[key] = _Spent(now_s, max(_LEAST_BUDGET_BYTES, usable // 2))
+            spent = self._spent[key] = _Spent(now_s, kept_bytes(usable))
+            self._spent.move_to_end(key)
             while len(self._spent) > _MAX_SOURCES:
                 self._spent.popitem(last=False)
-        if spent.spent + nbytes > spent.budget:
-            spent.budget = max(spent.budget, link.status().transmit.usable // 2)
-            if spent.spent + nbytes > spent.budget:
-                raise ShortageError("the source's share of this link is used up", reason=ErrorReason.BUSY)
-        if is_bulk and link.status().transmit.usable < self._bulk_floor_bytes + nbytes:
-            raise ShortageError("lane material is kept for keys on demand")
+        if is_bulk and usable < self._bulk_floor_bytes + nbytes:
+            raise ShortageError("lane material is kept for keys on demand", retry_after_s=2.0)
+        if spent.spent + nbytes > _LIGHT_BYTES and usable < spent.kept + nbytes:
+            raise ShortageError(
+                "the rest of the lane is kept for other sources", reason=ErrorReason.BUSY, retry_after_s=2.0
+            )
         spent.spent += nbytes
 
 
@@ -105,12 +118,21 @@ class ShareRouter:
 
     Args:
         appender: None at a hub: no route ends there.
+        reports: tells sources of shares that were not relayed; None tells nobody.
     """
 
-    def __init__(self, around: Surroundings, *, relay: Relay, appender: Appender | None) -> None:
+    def __init__(
+        self,
+        around: Surroundings,
+        *,
+        relay: Relay,
+        appender: Appender | None,
+        reports: Reports | None = None,
+    ) -> None:
         self._around = around
         self._relay = relay
         self._appender = appender
+        self._reports = reports
         self._headers: OrderedDict[bytes, TransferHeader] = OrderedDict()
         self.dropped = 0
 
@@ -121,6 +143,7 @@ class ShareRouter:
                 self._take(came_from, item, value)
             except MeshError as exc:
                 self.dropped += 1
+                self._around.metrics.shares_refused.labels(came_from, exc.reason.value).inc()
                 _LOG.warning(
                     "share dropped",
                     extra={"link": came_from, "cause": str(exc), "reason": exc.reason.value},
@@ -145,7 +168,12 @@ class ShareRouter:
         if len(item.tag) != 16:
             raise PeerError("share refused", facts={"field": "tag", "problem": "not 16 bytes"})
         if next_hop is not None:
-            self._relay.forward(header, item, value, next_hop)
+            try:
+                self._relay.forward(header, item, value, next_hop)
+            except MeshError as exc:
+                if self._reports is not None:
+                    self._reports.refused(header.transfer, item.route, exc)
+                raise
         elif self._appender is None:
             raise PeerError("no route ends at a hub")
         else:

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 from mesh.core.policy import WaterMarks
 from mesh.core.reserve import slots_per_key
-from mesh.core.transfer import KEY_PART_BYTES, PREFIX_BYTES, SLOT_BYTES
+from mesh.core.transfer import KEY_PART_BYTES, MAX_SLOT_COUNT, SLOT_BYTES
 from mesh.errors import ErrorReason, MeshError, ShortageError, UnavailableError
-from mesh.node.establish import BULK, ON_DEMAND, Establisher, Order
-from mesh.node.keyports import KeyPlaneConfig, RoutePort, Surroundings
-from mesh.node.ports import LinkPlanePort
+from mesh.node.establish import Establisher
+from mesh.node.keyports import KeyPlaneConfig, Surroundings
+from mesh.node.paths import Paths, Planned
 from mesh.node.reserves import Reserves
 from mesh.node.tasks import Background
+from mesh.node.underway import BULK, ON_DEMAND, Order
 
-_FRAME_OVERHEAD_BYTES = 32 + PREFIX_BYTES + 64
 _LEAST_BULK_SLOTS = 64
 _FIRST_BULK_SLOTS = 1024
 _BULK_IN_FLIGHT = 4
@@ -29,6 +29,7 @@ _REFILL_EVERY_S = 1.0
 _MAX_PAUSE_S = 8.0
 _WAIT_FOR_REFILL_S = 0.15
 _RECENT_S = 3600.0
+_FORGET_LOSS_S = 60.0
 _DOUBT_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 _LOG = logging.getLogger("keymesh.supply")
@@ -47,16 +48,42 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Refill:
-    """The refill of one reserve."""
+    """The refill of one reserve.
+
+    Transfers double until one is lost or refused somewhere on its way; from half of that they grow
+    by a step each, so that what is lost while looking for the route's limit stays small.
+    """
 
     water: WaterMarks
     bulk_slots: int = _FIRST_BULK_SLOTS
+    ceiling_slots: int = MAX_SLOT_COUNT
+    lost_at_s: float = -_RECENT_S
     in_flight_slots: int = 0
     transfers: int = 0
     asked_at_s: float = -_RECENT_S
     pause_s: float = 0.0
     not_before_s: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def grown(self, now_s: float, at_most: int) -> None:
+        """A transfer arrived."""
+        if now_s - self.lost_at_s > _FORGET_LOSS_S:
+            self.ceiling_slots = MAX_SLOT_COUNT
+        step = self.bulk_slots if self.bulk_slots < self.ceiling_slots else _LEAST_BULK_SLOTS
+        self.bulk_slots = min(at_most, self.bulk_slots + step)
+        self.pause_s = 0.0
+
+    def shrunk(self, slots: int, now_s: float, pause_s: float) -> None:
+        """A transfer of that size was lost, or a share of it refused."""
+        self.lost_at_s = now_s
+        self.bulk_slots = max(_LEAST_BULK_SLOTS, min(self.bulk_slots, slots) // 2)
+        self.ceiling_slots = self.bulk_slots
+        self.back_off(now_s, pause_s)
+
+    def back_off(self, now_s: float, pause_s: float = 0.0) -> None:
+        """Waits, each time longer."""
+        self.pause_s = min(_MAX_PAUSE_S, max(0.25, 2 * self.pause_s))
+        self.not_before_s = max(self.not_before_s, now_s + max(self.pause_s, pause_s))
 
 
 class Supply:
@@ -66,24 +93,22 @@ class Supply:
         self,
         around: Surroundings,
         *,
-        links: LinkPlanePort,
         reserves: Reserves,
-        routes: RoutePort,
+        paths: Paths,
         establisher: Establisher,
         tasks: Background,
         config: KeyPlaneConfig,
     ) -> None:
         self._around = around
-        self._links = links
         self._reserves = reserves
-        self._routes = routes
+        self._paths = paths
         self._establisher = establisher
         self._tasks = tasks
         self._config = config
         self._batches: dict[str, _Batch] = {}
         self._refills: dict[str, _Refill] = {}
         self._kick = asyncio.Event()
-        self._planned: dict[str, int] = {}
+        self._planned: Planned = {}
         self._doubted: set[str] = set()
         self.prefilled: frozenset[str] = frozenset()
 
@@ -197,12 +222,7 @@ class Supply:
         Raises:
             ShortageError: no route, or a link with so little material that not one slot fits.
         """
-        frame = self._config.transfer_max_bytes
-        for route in self._routes.routes(peer):
-            link = self._links.link(route[1])
-            if link is None:
-                raise ShortageError("no link to the first node of the route", reason=ErrorReason.NO_ROUTE)
-            frame = min(frame, link.max_frame_bytes - _FRAME_OVERHEAD_BYTES)
+        frame = min(self._config.transfer_max_bytes, self._paths.frame_bytes(peer))
         if frame < SLOT_BYTES:
             raise ShortageError("the link's frames are too small for a key", retry_after_s=1.0)
         return frame // SLOT_BYTES
@@ -262,54 +282,43 @@ class Supply:
         wanted = refill.water.wanted(level, refill.in_flight_slots * KEY_PART_BYTES) // KEY_PART_BYTES
         while wanted > 0 and refill.transfers < _BULK_IN_FLIGHT:
             try:
-                slots = min(wanted, refill.bulk_slots, self._transfer_slots(peer), self._spare_slots(peer))
+                spare = self._paths.spare_bytes(peer, self._planned) // SLOT_BYTES
+                slots = min(wanted, refill.bulk_slots, self._transfer_slots(peer), spare)
             except ShortageError:
-                self._back_off(refill, now_s)
+                refill.back_off(now_s)
                 return
             if slots < min(wanted, _LEAST_BULK_SLOTS):
                 return
             wanted -= slots
-            self._plan(peer, slots)
+            self._paths.plan(peer, slots * SLOT_BYTES, self._planned)
             refill.in_flight_slots += slots
             refill.transfers += 1
             self._tasks.spawn(self._fill(peer, refill, slots))
 
-    def _spare_slots(self, peer: str) -> int:
-        """What the scarcest first link can give to refills without touching the floor."""
-        spare = None
-        for route in self._routes.routes(peer):
-            link = self._links.link(route[1])
-            if link is None or not link.is_open:
-                return 0
-            usable = link.status().transmit.usable - self._planned.get(link.peer, 0)
-            left = usable - self._config.lane_floor_bytes - _FRAME_OVERHEAD_BYTES
-            spare = left if spare is None else min(spare, left)
-        return max(0, spare or 0) // SLOT_BYTES
-
-    def _plan(self, peer: str, slots: int) -> None:
-        """Counts what this round is about to claim, so that several refills respect one floor."""
-        for route in self._routes.routes(peer):
-            planned = self._planned.get(route[1], 0)
-            self._planned[route[1]] = planned + slots * SLOT_BYTES + _FRAME_OVERHEAD_BYTES
-
     async def _fill(self, peer: str, refill: _Refill, slots: int) -> None:
-        """One bulk transfer; its size doubles when one fits, and halves when one does not arrive."""
+        """One bulk transfer; the size of the next depends on what became of it."""
+
+        refusals = 0
+
+        def refused(pause_s: float) -> None:
+            nonlocal refusals
+            refusals += 1
+            if refusals == 1:
+                refill.shrunk(slots, self._around.monotonic_s(), pause_s)
+
         try:
-            order = Order(peer, slots, priority=BULK, persists=True)
+            order = Order(peer, slots, priority=BULK, persists=True, on_refused=refused)
             await self._establisher.establish(order, timeout_s=_BULK_TIMEOUT_S)
         except MeshError as exc:
             _LOG.info("refill failed", extra={"peer": peer, "slots": slots, "cause": str(exc)})
-            refill.bulk_slots = max(_LEAST_BULK_SLOTS, min(refill.bulk_slots, slots) // 2)
-            self._back_off(refill, self._around.monotonic_s())
+            if not refusals:
+                refill.shrunk(slots, self._around.monotonic_s(), exc.retry_after_s)
         else:
-            refill.bulk_slots = min(2 * refill.bulk_slots, self._config.transfer_max_bytes // SLOT_BYTES + 1)
-            refill.pause_s = 0.0
+            at_most = self._config.transfer_max_bytes // SLOT_BYTES + 1
+            if not refusals:
+                refill.grown(self._around.monotonic_s(), at_most)
         finally:
             refill.in_flight_slots -= slots
             refill.transfers -= 1
             refill.changed.set()
             self._kick.set()
-
-    def _back_off(self, refill: _Refill, now_s: float) -> None:
-        refill.pause_s = min(_MAX_PAUSE_S, max(0.25, 2 * refill.pause_s))
-        refill.not_before_s = now_s + refill.pause_s

@@ -22,6 +22,7 @@ ADMITTED: Mapping[str, frozenset[Role]] = {
     "/mesh.v1.Peer/Confirm": _NODE,
     "/mesh.v1.Peer/QueryTransfer": _NODE,
     "/mesh.v1.Peer/Deposit": _NODE,
+    "/mesh.v1.Peer/ReportRoutes": _NEIGHBOURS,
     "/mesh.v1.KeyDelivery/GetStatus": _READERS,
     "/mesh.v1.KeyDelivery/GetKeys": _GATEWAY,
     "/mesh.v1.KeyDelivery/GetKeysById": _GATEWAY,

@@ -152,6 +152,7 @@ class TransferAnswer(_message.Message):
     CONFIRM_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     HIGHEST_EPOCH_FIELD_NUMBER: _builtins.int
+    ARRIVED_ROUTES_FIELD_NUMBER: _builtins.int
     state: Global___TransferAnswer.State.ValueType
     reason: _builtins.str
     """With REFUSED: a name of mesh.errors.ErrorReason; unauthenticated."""
@@ -163,6 +164,10 @@ class TransferAnswer(_message.Message):
     def confirm(self) -> Global___ConfirmRequest:
         """With APPENDED: the same bytes as the confirm."""
 
+    @_builtins.property
+    def arrived_routes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With PENDING: routes, by index, over which shares came, too few yet."""
+
     def __init__(
         self,
         *,
@@ -170,14 +175,77 @@ class TransferAnswer(_message.Message):
         confirm: Global___ConfirmRequest | None = ...,
         reason: _builtins.str = ...,
         highest_epoch: _builtins.int = ...,
+        arrived_routes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm", "highest_epoch", b"highest_epoch", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_routes", b"arrived_routes", "confirm", b"confirm", "highest_epoch", b"highest_epoch", "reason", b"reason", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TransferAnswer: _TypeAlias = TransferAnswer  # noqa: Y015
+
+@_typing.final
+class RouteReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    LIED_FIELD_NUMBER: _builtins.int
+    SUSPECTED_FIELD_NUMBER: _builtins.int
+    SILENT_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """With refused: a name of mesh.errors.ErrorReason, and when to try again."""
+    retry_after_s: _builtins.float
+    @_builtins.property
+    def transfer(self) -> Global___TransferId: ...
+    @_builtins.property
+    def lied(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Routes of the transfer's header, by index. The first three only from the
+        target, refused only from a node between the ends of that route.
+        """
+
+    @_builtins.property
+    def suspected(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def silent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        transfer: Global___TransferId | None = ...,
+        lied: _abc.Iterable[_builtins.int] | None = ...,
+        suspected: _abc.Iterable[_builtins.int] | None = ...,
+        silent: _abc.Iterable[_builtins.int] | None = ...,
+        refused: _abc.Iterable[_builtins.int] | None = ...,
+        reason: _builtins.str = ...,
+        retry_after_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lied", b"lied", "reason", b"reason", "refused", b"refused", "retry_after_s", b"retry_after_s", "silent", b"silent", "suspected", b"suspected", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteReport: _TypeAlias = RouteReport  # noqa: Y015
+
+@_typing.final
+class RouteReportAck(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouteReportAck: _TypeAlias = RouteReportAck  # noqa: Y015
 
 @_typing.final
 class DepositRequest(_message.Message):

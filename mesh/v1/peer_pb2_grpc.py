@@ -49,6 +49,11 @@ class PeerStub:
                 request_serializer=mesh_dot_v1_dot_peer__pb2.DepositRequest.SerializeToString,
                 response_deserializer=mesh_dot_v1_dot_peer__pb2.DepositResponse.FromString,
                 _registered_method=True)
+        self.ReportRoutes = channel.unary_unary(
+                '/mesh.v1.Peer/ReportRoutes',
+                request_serializer=mesh_dot_v1_dot_peer__pb2.RouteReport.SerializeToString,
+                response_deserializer=mesh_dot_v1_dot_peer__pb2.RouteReportAck.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -75,6 +80,15 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportRoutes(self, request, context):
+        """A target tells the source which routes of a transfer it named, or a relay
+        that it dropped a share. Not authenticated beyond TLS: like the directory
+        it can take choices away, never add them. Roles admitted: node, hub.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +106,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Deposit,
                     request_deserializer=mesh_dot_v1_dot_peer__pb2.DepositRequest.FromString,
                     response_serializer=mesh_dot_v1_dot_peer__pb2.DepositResponse.SerializeToString,
+            ),
+            'ReportRoutes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportRoutes,
+                    request_deserializer=mesh_dot_v1_dot_peer__pb2.RouteReport.FromString,
+                    response_serializer=mesh_dot_v1_dot_peer__pb2.RouteReportAck.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +194,33 @@ class Peer:
             '/mesh.v1.Peer/Deposit',
             mesh_dot_v1_dot_peer__pb2.DepositRequest.SerializeToString,
             mesh_dot_v1_dot_peer__pb2.DepositResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportRoutes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.v1.Peer/ReportRoutes',
+            mesh_dot_v1_dot_peer__pb2.RouteReport.SerializeToString,
+            mesh_dot_v1_dot_peer__pb2.RouteReportAck.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class PeerStub:
     """What became of a transfer. Roles admitted: node."""
     Deposit: _grpc.UnaryUnaryMultiCallable[_peer_pb2.DepositRequest, _peer_pb2.DepositResponse]
     """A sealed message (keys, retire, void, epoch, export, recall). Roles admitted: node."""
+    ReportRoutes: _grpc.UnaryUnaryMultiCallable[_peer_pb2.RouteReport, _peer_pb2.RouteReportAck]
+    """A target tells the source which routes of a transfer it named, or a relay
+    that it dropped a share. Not authenticated beyond TLS: like the directory
+    it can take choices away, never add them. Roles admitted: node, hub.
+    """
 
 @_typing.type_check_only
 class PeerAsyncStub(PeerStub):
@@ -49,6 +54,11 @@ class PeerAsyncStub(PeerStub):
     """What became of a transfer. Roles admitted: node."""
     Deposit: _aio.UnaryUnaryMultiCallable[_peer_pb2.DepositRequest, _peer_pb2.DepositResponse]  # type: ignore[assignment]
     """A sealed message (keys, retire, void, epoch, export, recall). Roles admitted: node."""
+    ReportRoutes: _aio.UnaryUnaryMultiCallable[_peer_pb2.RouteReport, _peer_pb2.RouteReportAck]  # type: ignore[assignment]
+    """A target tells the source which routes of a transfer it named, or a relay
+    that it dropped a share. Not authenticated beyond TLS: like the directory
+    it can take choices away, never add them. Roles admitted: node, hub.
+    """
 
 class PeerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -74,5 +84,16 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.DepositResponse, _abc.Awaitable[_peer_pb2.DepositResponse]]:
         """A sealed message (keys, retire, void, epoch, export, recall). Roles admitted: node."""
+
+    @_abc_1.abstractmethod
+    def ReportRoutes(
+        self,
+        request: _peer_pb2.RouteReport,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.RouteReportAck, _abc.Awaitable[_peer_pb2.RouteReportAck]]:
+        """A target tells the source which routes of a transfer it named, or a relay
+        that it dropped a share. Not authenticated beyond TLS: like the directory
+        it can take choices away, never add them. Roles admitted: node, hub.
+        """
 
 def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mesh.v1.peer_pb2 import (
     ConfirmResponse,
     DepositRequest,
     DepositResponse,
+    RouteReport,
     TransferAnswer,
     TransferQuery,
 )
@@ -91,11 +92,18 @@ class FixedRoutes:
         self._own = own
         self._documents = documents
 
-    def routes(self, target: str) -> tuple[tuple[str, ...], ...]:
+    def routes(self, target: str, *, avoid: Collection[str] = ()) -> tuple[tuple[str, ...], ...]:
         """Cheapest disjoint routes."""
         document = self._documents.document
         assert document is not None
-        return routes_for_pair(document, build_graph(document), self._own, target)
+        return routes_for_pair(document, build_graph(document), self._own, target, avoid=avoid)
+
+    def spare_bytes(self, route: tuple[str, ...]) -> int | None:
+        """Nothing is known of levels further on."""
+        return None
+
+    def spend(self, route: tuple[str, ...], nbytes: int) -> None:
+        """Nobody counts."""
 
 
 class DirectPeers:
@@ -114,6 +122,11 @@ class DirectPeers:
         """Transfer query."""
         await self._network.pass_call("query", self._own, kme_id, request)
         return self._network.plane(kme_id).appender.on_query(request)
+
+    async def report(self, kme_id: str, request: RouteReport, *, timeout_s: float) -> None:
+        """Route report."""
+        await self._network.pass_call("report", self._own, kme_id, request)
+        self._network.plane(kme_id).establisher.on_report(self._own, request)
 
     async def deposit(self, kme_id: str, request: DepositRequest, *, timeout_s: float) -> DepositResponse:
         """Deposit."""

@@ -65,10 +65,12 @@ def test_liars_up_to_n_minus_k_are_named(sharing: tuple[int, int, list[bytes]], 
     assert found is not None
     assert found.secret == secret
     liars = {index for index in lied if lied[index] != shares[index]}
-    if found.is_certain and len(liars) < k:
-        assert set(found.disagreeing) == liars
-    if len(shares) - len(liars) >= 2 * k - 2:
-        assert found.is_certain
+    if len(liars) < k:
+        assert liars <= set(found.blame.named)
+        if found.blame.is_certain:
+            assert set(found.blame.named) == liars
+        if len(shares) - len(liars) >= 2 * k - 2:
+            assert found.blame.is_certain
 
 
 @pytest.mark.exhaustive

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from mesh.core.gf256 import inv, mul
-from mesh.core.sharing import MAX_SHARES, Found, combine, derive, evaluate, find_secret
+from mesh.core.sharing import MAX_SHARES, Blame, Found, blame, combine, derive, evaluate, find_secret
 
 BULK_BYTES = 100_003
 
@@ -92,8 +92,8 @@ def test_impossible_shares_are_refused() -> None:
 
 
 def test_found_shows_no_bytes() -> None:
-    assert repr(Found(b"\x11" * 32, (1, 2), (3,))) == (
-        "Found(32 bytes, used=(1, 2), disagreeing=(3,), is_certain=True)"
+    assert repr(Found(b"\x11" * 32, (1, 2), Blame((3,)))) == (
+        "Found(32 bytes, used=(1, 2), Blame(named=(3,), is_certain=True))"
     )
 
 
@@ -108,32 +108,40 @@ def test_too_few_shares_find_nothing() -> None:
 def test_the_order_decides_who_is_tried_first() -> None:
     secret, shares = make(2, 4, 48)
     accept = Accept(secret)
-    assert find_secret(shares, 2, accept, [4, 2, 1, 3]) == Found(secret, (2, 4), ())
+    assert find_secret(shares, 2, accept, [4, 2, 1, 3]) == Found(secret, (2, 4))
     assert accept.calls == 1
 
 
 @pytest.mark.parametrize("size", [48, BULK_BYTES])
 @pytest.mark.parametrize(
-    ("k", "n", "liars", "is_certain"),
+    ("k", "n", "liars"),
     [
-        (2, 3, (1,), True),
-        (2, 3, (3,), True),
-        (2, 6, (2, 3, 5, 6), True),
-        (3, 5, (2,), True),
-        (3, 5, (1, 4), False),
-        (3, 6, (1, 4), True),
+        (2, 3, (1,)),
+        (2, 3, (3,)),
+        (1, 3, (1, 2)),
+        (3, 5, (2,)),
+        (3, 5, (1, 4)),
+        (3, 6, (1, 4)),
+        (4, 7, (2, 3)),
     ],
 )
-def test_liars_are_outvoted_and_named(
-    k: int, n: int, liars: tuple[int, ...], is_certain: bool, size: int
-) -> None:
+def test_liars_are_outvoted_and_named(k: int, n: int, liars: tuple[int, ...], size: int) -> None:
     secret, shares = make(k, n, size)
     lied = {i: flip(share, i + size // 2) if i in liars else share for i, share in shares.items()}
     found = find_secret(lied, k, Accept(secret), randomness=random.Random(3).randbytes)
     assert found is not None
     assert found.secret == secret
-    assert found.disagreeing == liars
-    assert found.is_certain is is_certain
+    assert found.blame == Blame(liars)
+
+
+@pytest.mark.parametrize("size", [48, BULK_BYTES])
+def test_k_liars_or_more_make_everybody_a_suspect(size: int) -> None:
+    """Fewer than k may lie: with more, who agreed is no better than who did not."""
+    secret, shares = make(2, 6, size)
+    lied = {i: flip(share, i) if i in (2, 3, 5, 6) else share for i, share in shares.items()}
+    found = find_secret(lied, 2, Accept(secret), randomness=random.Random(3).randbytes)
+    assert found is not None
+    assert (found.secret, found.blame) == (secret, Blame((1, 2, 3, 4, 5, 6), False))
 
 
 @pytest.mark.parametrize("size", [48, BULK_BYTES])
@@ -147,11 +155,12 @@ def test_liars_who_frame_others_do_not_get_away_with_it(size: int) -> None:
     for order in ([1, 4, 5, 2, 3, 6], [2, 3, 6, 1, 4, 5]):
         found = find_secret(framed, 3, Accept(secret), order, randomness=random.Random(3).randbytes)
         assert found is not None
-        assert (found.secret, found.disagreeing, found.is_certain) == (secret, (1, 4), True)
+        assert (found.secret, found.blame) == (secret, Blame((1, 4)))
     del framed[6]
     found = find_secret(framed, 3, Accept(secret), [1, 4, 5, 2, 3], randomness=random.Random(3).randbytes)
     assert found is not None
-    assert (found.secret, found.is_certain) == (secret, False)  # three against three: nobody can tell
+    # Three against three: nobody can tell, but 5 is on both sides.
+    assert (found.secret, found.blame) == (secret, Blame((1, 2, 3, 4), False))
 
 
 @pytest.mark.parametrize("size", [48, BULK_BYTES])
@@ -160,7 +169,7 @@ def test_liars_and_losses_together(size: int) -> None:
     secret, shares = make(2, 4, size)
     arrived = {1: flip(shares[1]), 2: shares[2], 4: shares[4]}
     found = find_secret(arrived, 2, Accept(secret), randomness=random.Random(3).randbytes)
-    assert found == Found(secret, (2, 4), (1,))
+    assert found == Found(secret, (2, 4), Blame((1,)))
 
 
 @pytest.mark.parametrize("size", [48, BULK_BYTES])
@@ -177,7 +186,7 @@ def test_bulk_asks_once_where_plain_search_asks_often() -> None:
     assert find_secret(lied, 3, plain) is not None
     found = find_secret(lied, 3, filtered, randomness=random.Random(4).randbytes)
     assert found is not None
-    assert found.disagreeing == (1, 2)
+    assert found.blame == Blame((1, 2))
     assert filtered.calls == 1
     assert plain.calls > 10
 
@@ -189,7 +198,7 @@ def test_a_filter_that_sees_nothing_costs_time_only(coefficient: int) -> None:
     lie = flip(flip(shares[1], 7), 7 + 4096)
     accept = Accept(secret)
     found = find_secret(shares | {1: lie}, 2, accept, randomness=lambda size: bytes([coefficient]) * size)
-    assert found == Found(secret, (2, 3), (1,))
+    assert found == Found(secret, (2, 3), Blame((1,)))
     assert accept.calls == 4  # the first of the one group, then (1,3), (1,4), (2,3)
 
 
@@ -208,6 +217,7 @@ def test_randomness_is_drawn_only_where_it_helps() -> None:
     assert asked == []
     assert find_secret(shares, 2, Accept(secret), randomness=randomness) is not None
     assert asked == [25, 16, 16]  # one byte per piece of a share
+    assert blame(shares, 2, (1, 3), randomness=randomness) == Blame()
 
 
 def test_work_is_bounded() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mesh.errors import PeerError, TagMismatchError
 from mesh.node.keyplane import KeyPlane
+from mesh.rpc.server import caller
 from mesh.v1 import peer_pb2 as pb
 from mesh.v1.peer_pb2_grpc import PeerServicer
 
@@ -29,6 +30,11 @@ class PeerService(PeerServicer):
         """A source asks what became of its transfer."""
         self._plane.check_serving()
         return self._plane.appender.on_query(request)
+
+    async def ReportRoutes(self, request: pb.RouteReport, context: object) -> pb.RouteReportAck:
+        """A target or a relay tells what became of a transfer's routes."""
+        self._plane.establisher.on_report(caller().id, request)
+        return pb.RouteReportAck()
 
     async def Deposit(self, request: pb.DepositRequest, context: object) -> pb.DepositResponse:
         """A sealed message from a source."""
