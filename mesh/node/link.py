@@ -116,6 +116,45 @@ def _bounded() -> deque[Any]:
     return deque(maxlen=64)
 
 
+class _RelayQueue:
+    """Shares that wait for lane bytes: those on demand before bulk, each kind in order."""
+
+    def __init__(self) -> None:
+        self._urgent: deque[_Relayed] = deque()
+        self._bulk: deque[_Relayed] = deque()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._urgent) + len(self._bulk)
+
+    def put(self, one: _Relayed) -> None:
+        (self._urgent if one.share.priority else self._bulk).append(one)
+        self.nbytes += len(one.value)
+
+    @property
+    def first(self) -> _Relayed:
+        return self._urgent[0] if self._urgent else self._bulk[0]
+
+    def pop(self) -> _Relayed:
+        one = self._urgent.popleft() if self._urgent else self._bulk.popleft()
+        self.nbytes -= len(one.value)
+        return one
+
+    def drop_older(self, now_s: float) -> int:
+        """Lets go of what waited too long; how many."""
+        count = 0
+        for queue in (self._urgent, self._bulk):
+            while queue and queue[0].until_s < now_s:
+                self.nbytes -= len(queue.popleft().value)
+                count += 1
+        return count
+
+    def clear(self) -> None:
+        self._urgent.clear()
+        self._bulk.clear()
+        self.nbytes = 0
+
+
 @dataclass(slots=True)
 class _Control:
     """What waits for the next frame."""
@@ -183,8 +222,7 @@ class Link:
         self._failed_openings = 0
         self._window_is_alarmed = False
         self._first_hellos = RateCap(per_s=1.0, burst=4)
-        self._relay: deque[_Relayed] = deque()
-        self._relay_bytes = 0
+        self._relay = _RelayQueue()
         self._control = _Control()
         self._waiters: set[asyncio.Future[None]] = set()
         self._raising: asyncio.Future[None] | None = None
@@ -299,11 +337,12 @@ class Link:
             raise CallerError("a relayed share is encrypted and as long as it says")
         if TAG_KEY_BYTES + len(value) > self.max_frame_bytes:
             raise CallerError("no frame is that large", facts={"bytes": len(value)})
-        if len(self._relay) >= MAX_RELAY_ITEMS or self._relay_bytes + len(value) > MAX_RELAY_BYTES:
+        # Bulk may not fill the queue: keys on demand still find room behind it, and overtake it.
+        most = MAX_RELAY_BYTES if share.priority else MAX_RELAY_BYTES * 7 // 8
+        if len(self._relay) >= MAX_RELAY_ITEMS or self._relay.nbytes + len(value) > most:
             raise ShortageError("the link's queue is full", reason=ErrorReason.BUSY, retry_after_s=0.1)
         until_s = self._around.now_s() + RELAY_LIFE_S
-        self._relay.append(_Relayed(share, value, until_s, share.ByteSize() + 8))
-        self._relay_bytes += len(value)
+        self._relay.put(_Relayed(share, value, until_s, share.ByteSize() + 8))
         self.stream.wake()
 
     def take_local(self, nbytes: int) -> bytes:
@@ -388,14 +427,12 @@ class Link:
 
     def compose(self) -> None:
         """Make one frame of what waits: relayed shares first, control with them or alone."""
-        now_s = self._around.now_s()
-        while self._relay and self._relay[0].until_s < now_s:
-            self._drop_relayed()
-            _LOG.warning("a relayed share found no room in time", extra={"peer": self.peer})
+        if self._relay and (dropped := self._relay.drop_older(self._around.now_s())):
+            _LOG.warning("relayed shares found no room in time", extra={"peer": self.peer, "shares": dropped})
         if self._relay:
             if self._compose_data():
                 return
-            self._want(TAG_KEY_BYTES + len(self._relay[0].value), Purpose.DATA)
+            self._want(TAG_KEY_BYTES + len(self._relay.first.value), Purpose.DATA)
         if self._control or self.lanes.rx.lane.is_report_due:
             self._compose_control()
 
@@ -403,8 +440,11 @@ class Link:
         room = self.claimable()
         meta_room = _META_ROOM
         taken: list[_Relayed] = []
-        while self._relay and len(self._relay[0].value) <= room and self._relay[0].meta_bytes <= meta_room:
-            one = self._drop_relayed()
+        while self._relay:
+            first = self._relay.first
+            if len(first.value) > room or first.meta_bytes > meta_room:
+                break
+            one = self._relay.pop()
             room -= len(one.value)
             meta_room -= one.meta_bytes
             taken.append(one)
@@ -417,11 +457,6 @@ class Link:
         plaintext = taken[0].value if len(taken) == 1 else b"".join(one.value for one in taken)
         self._queue_frame(FrameKind.DATA, span.start, pad, meta, plaintext=plaintext)
         return True
-
-    def _drop_relayed(self) -> _Relayed:
-        one = self._relay.popleft()
-        self._relay_bytes -= len(one.value)
-        return one
 
     def _compose_control(self) -> None:
         if not self._want(TAG_KEY_BYTES, Purpose.CONTROL):
@@ -620,7 +655,6 @@ class Link:
         """The present stream is over: its queues are forfeited."""
         self.stream = None
         self._relay.clear()
-        self._relay_bytes = 0
         self._control.clear()
         self._around.handler().on_link_closed(self.peer)
         self.notify()

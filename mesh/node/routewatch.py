@@ -54,7 +54,7 @@ def via(route: Route) -> str:
 
 
 def _alarm_id(via_nodes: str, verdict: Verdict) -> str:
-    return f"route/{via_nodes}/{verdict.value}"[:200]
+    return f"route/{via_nodes[:180]}/{verdict.value}"
 
 
 class RouteWatch:
