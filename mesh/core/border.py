@@ -314,4 +314,4 @@ SETTLED_OUTBOUND = frozenset({_O.RELAYED, _O.VOIDED, _O.DROPPED, _O.UNRESOLVED})
 SETTLED_INBOUND = frozenset({_I.RELAYED, _I.FAILED, _I.VOIDED})
 #: Some association exists for the key: 400 and 401 would say that there is none (020 on ext_keys).
 HOLDING_INBOUND = frozenset({_I.HELD, _I.RELAYED, _I.FAILING, _I.VOIDING, _I.RECALLING})
-HOLDING_OUTBOUND = frozenset(Outbound) - {_O.VOIDED, _O.DROPPED}
+HOLDING_OUTBOUND = frozenset(Outbound) - {_O.VOIDED, _O.DROPPED, _O.UNRESOLVED}

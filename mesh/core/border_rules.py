@@ -133,6 +133,54 @@ class Peer:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class BorderConfig:
+    """Settings of a border; times in seconds.
+
+    Attributes:
+        gateways: the only gateways that may import keys and perform requests (protocol 5.2).
+        url: base URL of our own 020 listener, ``https://host[:port]``: peers call back there.
+        peers: foreign key managers.
+        carry_timeout_s: an inbound key reaches its targets within this time, or fails.
+        ack_give_up_s: an ack that cannot be delivered for so long ends in a void.
+        void_give_up_s: a void that is not confirmed for so long ends in an alarm.
+        void_repeat_s: a void that was taken and is not acked is posted again after this time.
+        max_targets: SAEs of one association, initiator not counted.
+        max_open_keys: keys of one peer about which anything is remembered.
+        keep_s: tombstones are kept this long.
+    """
+
+    gateways: frozenset[str] = frozenset()
+    url: str = ""
+    peers: tuple[Peer, ...] = ()
+    carry_timeout_s: float = 30.0
+    ack_give_up_s: float = 600.0
+    void_give_up_s: float = 3600.0
+    void_repeat_s: float = 10.0
+    max_targets: int = 9
+    max_key_bytes: int = 8192
+    max_open_keys: int = 200_000
+    keep_s: float = 2 * 86_400.0
+
+    def peer(self, kme_id: str) -> Peer | None:
+        """The configured peer of that name."""
+        return next((peer for peer in self.peers if peer.kme_id == kme_id), None)
+
+    def peer_for(self, sae_id: str) -> Peer | None:
+        """The first configured peer behind which an SAE lives."""
+        return next((peer for peer in self.peers if peer.serves(sae_id)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSpec:
+    """Keys of one pair, whose slave is foreign, to keep ready; ``keys`` many, of one size."""
+
+    master: str
+    slave: str
+    keys: int
+    size_bytes: int
+
+
 def judge(http_status: int | None) -> Verdict:
     """What the answer to a POST means; None for no answer."""
     if http_status in (HTTPStatus.OK, HTTPStatus.ACCEPTED, HTTPStatus.NO_CONTENT):

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from mesh.core.names import check_domain_id, check_kme_id
+from mesh.core.names import check_domain_id, check_kme_id, check_sae_id
 from mesh.errors import CallerError, ConfigError
 from mesh.ops.yamltext import decode_yaml
 
@@ -132,6 +132,48 @@ class Quota(_Section, frozen=True, kw_only=True):
     burst_bytes: _Natural = 0
 
 
+class BorderPeer(_Section, frozen=True, kw_only=True):
+    """Another owner's key manager, met at this node over ETSI GS QKD 020.
+
+    ``prefixes``: SAE ids behind it; it may name only those as initiators.
+    """
+
+    kme_id: str
+    # Without a path; callbacks are accepted at this host and port only.
+    url: Annotated[str, msgspec.Meta(pattern=r"^https://[^/?#@\s]+$", max_length=512)]
+    prefixes: Annotated[list[str], msgspec.Meta(min_length=1, max_length=256)]
+
+
+class BorderSection(_Section, frozen=True, kw_only=True):
+    """A border: which gateways speak ETSI GS QKD 020 for this node, and with whom."""
+
+    gateways: Annotated[list[str], msgspec.Meta(min_length=1, max_length=64)]
+    # Base URL of our own listener as peers reach it: acks come back there, whichever gateway posted.
+    url: Annotated[str, msgspec.Meta(pattern=r"^https://[^/?#@\s]+$", max_length=512)]
+    peers: Annotated[list[BorderPeer], msgspec.Meta(min_length=1, max_length=256)]
+    # An inbound key reaches its targets within this time, or fails.
+    carry_timeout_s: _Seconds = 30.0
+    # An ack that cannot be delivered for so long ends in a void; a void in an alarm.
+    ack_give_up_s: _Seconds = 600.0
+    void_give_up_s: _Seconds = 3600.0
+    # A void that was taken and is not acked is posted again.
+    void_repeat_s: _Seconds = 10.0
+    max_targets: Annotated[int, msgspec.Meta(ge=1, le=64)] = 9
+    # Keys of one peer about which anything is remembered, tombstones included.
+    max_open_keys: _Positive = 200_000
+    # How long tombstones are kept.
+    keep_s: _Seconds = 172_800.0
+
+
+class BufferedPair(_Section, frozen=True, kw_only=True):
+    """Keys for a foreign slave that are acknowledged before they are asked for."""
+
+    master: str
+    slave: str
+    buffer: Annotated[int, msgspec.Meta(ge=0, le=65_536)]
+    key_size_bits: Annotated[int, msgspec.Meta(ge=8, le=65_536, multiple_of=8)] = 256
+
+
 class LogSection(_Section, frozen=True, kw_only=True):
     """JSON lines; ``file`` is null for standard error."""
 
@@ -167,6 +209,10 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     # First pause before a link is dialled again, and the longest, in seconds.
     redial_min_s: _Seconds = 0.5
     redial_max_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 60.0
+    # Another owner's key managers met here; null for none.
+    border: BorderSection | None = None
+    # SAE pairs with a foreign slave whose keys are kept ready; none by default.
+    foreign_buffers: Annotated[list[BufferedPair], msgspec.Meta(max_length=4096)] = []
     audit_log: str | None = None
     log: LogSection = LogSection()
     # Records every used pad range (never bytes) for audits; for tests.
@@ -215,10 +261,26 @@ def checked(config: NodeConfig, path: Path) -> NodeConfig:
         check_domain_id(config.domain_id, field="domain_id")
         for index, link in enumerate(config.links):
             check_kme_id(link.peer, field=f"links[{index}].peer")
+        _check_border(config)
     except CallerError as error:
         raise ConfigError(error.message, facts={"file": path}) from error
     _check_together(config, path)
     return _resolve(config, path.resolve().parent)
+
+
+def _check_border(config: NodeConfig) -> None:
+    for index, pair in enumerate(config.foreign_buffers):
+        check_sae_id(pair.master, field=f"foreign_buffers[{index}].master")
+        check_sae_id(pair.slave, field=f"foreign_buffers[{index}].slave")
+    if config.border is None:
+        return
+    ids = [peer.kme_id for peer in config.border.peers]
+    for index, peer in enumerate(config.border.peers):
+        check_kme_id(peer.kme_id, field=f"border.peers[{index}].kme_id")
+        for prefix in peer.prefixes:
+            check_sae_id(prefix, field=f"border.peers[{index}].prefixes")
+    if len(set(ids)) != len(ids) or config.kme_id in ids:
+        raise CallerError("border.peers: give each peer a kme_id of its own, and not this node's")
 
 
 def _check_together(config: NodeConfig, path: Path) -> None:

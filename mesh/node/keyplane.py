@@ -12,10 +12,12 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
+from mesh.core.border_rules import BorderConfig
 from mesh.core.names import check_sae_id
 from mesh.core.network import NetworkDocument
 from mesh.core.policy import AccessRule, AccessTable, Quotas
 from mesh.core.reserve import slots_per_key
+from mesh.core.sealed import MIN_SLOTS
 from mesh.core.transfer import KEY_PART_BYTES
 from mesh.errors import (
     CallerError,
@@ -26,8 +28,11 @@ from mesh.errors import (
     ShortageError,
 )
 from mesh.node.appends import Appender
+from mesh.node.border.border import Border
 from mesh.node.deposits import InboundDeposits
 from mesh.node.establish import Establisher
+from mesh.node.foreign import ForeignKeys
+from mesh.node.handovers import Handovers
 from mesh.node.jobs import Jobs, open_epoch_attachment
 from mesh.node.keyports import DocumentView, Incarnation, KeyPlaneConfig, PeerCaller, RoutePort, Surroundings
 from mesh.node.keystore import LOCAL_GRADE, StoredKeys
@@ -78,6 +83,8 @@ class _Pair:
 
     rule: AccessRule
     home: str
+    """The slave's home; for a foreign one the border that its keys leave through."""
+    is_foreign: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +94,23 @@ class _Admitted:
     request: KeyRequest
     size_bytes: int
     slaves: dict[str, list[str]]
+    foreign: frozenset[str] = frozenset()
 
     @property
     def single_peer(self) -> str | None:
-        """The peer of an addressed key; None for keys of the key store."""
-        if len(self.slaves) != 1:
+        """The peer of an addressed key; None for keys of the key store and for foreign ones."""
+        if len(self.slaves) != 1 or self.foreign:
             return None
         peer, saes = next(iter(self.slaves.items()))
         return peer if len(saes) == 1 else None
+
+    @property
+    def single_border(self) -> str | None:
+        """The border towards a foreign slave, if that is the only slave."""
+        if len(self.slaves) != 1 or not self.foreign:
+            return None
+        border, saes = next(iter(self.slaves.items()))
+        return border if len(saes) == 1 else None
 
 
 class KeyPlane:
@@ -177,6 +193,7 @@ class KeyPlane:
             peers=peers,
             tasks=self.tasks,
         )
+        self.handovers = Handovers(around, store=store, jobs=self.jobs, tasks=self.tasks)
         self.supply = Supply(
             around,
             reserves=self.reserves,
@@ -192,11 +209,39 @@ class KeyPlane:
             links=links,
             supply=self.supply,
             jobs=self.jobs,
+            handovers=self.handovers,
             tasks=self.tasks,
             lifetime_s=config.key_lifetime_s,
         )
         self.redeemer = Redeemer(
             around, store=store, reserves=self.reserves, lifetime_s=config.key_lifetime_s
+        )
+        self.border = Border(
+            around,
+            config.border or BorderConfig(),
+            store=store,
+            document=self._document,
+            routes=routes,
+            has_material=self._has_sealed,
+            deposits=self.deposits,
+            jobs=self.jobs,
+            redeemer=self.redeemer,
+            tasks=self.tasks,
+            owner=self.handovers,
+            lifetime_s=config.key_lifetime_s,
+        )
+        self.handovers.exporter = self.border
+        self.deposits.foreign = self.border.messages
+        self.foreign = ForeignKeys(
+            around,
+            config.buffers,
+            store=store,
+            document=self._document,
+            supply=self.supply,
+            stored=self.stored,
+            handovers=self.handovers,
+            border=self.border,
+            lifetime_s=config.key_lifetime_s,
         )
         self.retirer = Retirer(
             around, store=store, reserves=self.reserves, jobs=self.jobs, lifetime_s=config.key_lifetime_s
@@ -219,7 +264,11 @@ class KeyPlane:
             is_proven=self._incarnation.is_proven,
             now_s=int(self._around.now_s()),
         )
+        self.handovers.load()
+        self.foreign.buffers.load()
         self.jobs.resume()
+        self.border.start()
+        self.tasks.spawn(self.foreign.buffers.run())
         self.tasks.spawn(self.supply.run())
         self.tasks.spawn(self._maintain())
 
@@ -258,7 +307,8 @@ class KeyPlane:
         if document is None or not self._config.prefill:
             return frozenset()
         own = document.saes_of(self._around.own_id)
-        peers: set[str] = set()
+        # Keys for foreign slaves are drawn towards their borders.
+        peers = {prefix.border for prefix in document.foreign if own} - {self._around.own_id}
         checks = 0
         for entry in document.saes.values():
             if entry.home == self._around.own_id or entry.home in peers:
@@ -271,6 +321,11 @@ class KeyPlane:
                     peers.add(entry.home)
                     break
         return frozenset(peers)
+
+    def _has_sealed(self, peer: str) -> bool:
+        """Whether sealed messages can leave to a peer without any establish."""
+        book = self.reserves.outbound.get(peer)
+        return book is not None and book.is_open and book.slots.sealed_slots >= MIN_SLOTS
 
     def _may(self, caller: str, peer: str) -> bool:
         try:
@@ -344,7 +399,8 @@ class KeyPlane:
             if document.home(master) != self._around.own_id:
                 raise NotAuthorizedError("the calling SAE is not registered at this KME")
             rule = self._config.access.rule(master, slave)
-            home = document.home(slave)
+            is_foreign = document.home(slave) is None
+            home = document.border_for(slave) if is_foreign else document.home(slave)
             if home is None or slave == master:
                 raise CallerError(
                     "slave_SAE_ID is not known in this network"
@@ -353,7 +409,7 @@ class KeyPlane:
                     reason=ErrorReason.UNKNOWN_SAE,
                     facts={"field": "slave_SAE_ID"},
                 )
-            pair = self._pairs[master, slave] = _Pair(rule, home)
+            pair = self._pairs[master, slave] = _Pair(rule, home, is_foreign)
         return pair
 
     def _admit(self, request: KeyRequest) -> _Admitted:
@@ -364,16 +420,19 @@ class KeyPlane:
         size = self._config.limits.check(request.number, request.size_bytes or None, len(additional))
         pair.rule.check(request.number, size)
         slaves: dict[str, list[str]] = {pair.home: [slave]}
+        foreign = {slave} if pair.is_foreign else set()
         for other in dict.fromkeys(additional):
             if other == slave:
                 continue
             other_pair = self._pair(document, master, other)
             other_pair.rule.check(request.number, size)
             slaves.setdefault(other_pair.home, []).append(other)
+            if other_pair.is_foreign:
+                foreign.add(other)
         rate = pair.rule.rate or self._config.quota
         if rate is not None:
             self._quotas.take(master, slave, rate, request.number * size, self._around.monotonic_s())
-        return _Admitted(request, size, slaves)
+        return _Admitted(request, size, slaves, frozenset(foreign))
 
     # delivering
 
@@ -418,7 +477,17 @@ class KeyPlane:
         timeout_s = self._config.request_timeout_s
         try:
             async with asyncio.timeout(timeout_s + 0.5):
-                if peer is None or peer == self._around.own_id:
+                if (border := admitted.single_border) is not None:
+                    keys, grade = await self.foreign.deliver(
+                        request.master_sae_id,
+                        request.slave_sae_id,
+                        border,
+                        request.number,
+                        admitted.size_bytes,
+                        timeout_s=timeout_s,
+                        request_id=request.request_id,
+                    )
+                elif peer is None or peer == self._around.own_id:
                     keys, grade = await self.stored.create(
                         request.master_sae_id,
                         admitted.slaves,
@@ -426,6 +495,7 @@ class KeyPlane:
                         admitted.size_bytes,
                         timeout_s=timeout_s,
                         request_id=request.request_id,
+                        foreign=admitted.foreign,
                     )
                 else:
                     keys, grade = await self.supply.draw(
@@ -488,7 +558,11 @@ class KeyPlane:
         pair = self._pair(document, request.caller_sae_id, request.peer_sae_id)
         limits = self._config.limits
         size = limits.default_key_size_bytes
-        if pair.home == self._around.own_id:
+        is_here = pair.home == self._around.own_id
+        if pair.is_foreign:
+            grade = LOCAL_GRADE if is_here else str(document.policy(self._around.own_id, pair.home).grade)
+            held = self.foreign.buffers.level(request.caller_sae_id, request.peer_sae_id)
+        elif is_here:
             grade = LOCAL_GRADE
             held = self.stored.local_level_bytes() // size
         else:

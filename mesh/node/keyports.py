@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mesh.core.border_rules import BorderConfig, BufferSpec
 from mesh.core.network import NetworkDocument
 from mesh.core.policy import AccessTable, Limits, Rate, WaterMarks
 from mesh.node.keymetrics import KeyMetrics
@@ -115,6 +116,8 @@ class KeyPlaneConfig:
         lane_floor_bytes: lane bytes that refills leave for keys on demand.
         inbound_max_bytes: payload bytes that one source may have lying here, unused.
         quota: per SAE pair where the access rule names none; None for no limit.
+        border: foreign key managers met at this node; None for none.
+        buffers: pairs with a foreign slave whose keys are kept ready.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -128,6 +131,8 @@ class KeyPlaneConfig:
     lane_floor_bytes: int = 64 * 1024
     inbound_max_bytes: int = 64 * 1024 * 1024
     prefill: bool = True
+    border: BorderConfig | None = None
+    buffers: tuple[BufferSpec, ...] = ()
 
     def water_marks(self) -> WaterMarks:
         """Fresh hysteresis for one reserve."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mesh.core import otp
+from mesh.core.border_rules import Association
 from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
+from mesh.node.border.ports import Arrival
+from mesh.node.handovers import MARGIN_S, Handovers, LocalParcel, Parcel
 from mesh.node.jobs import Jobs
 from mesh.node.keyports import Surroundings
 from mesh.node.ports import LinkPlanePort
@@ -41,10 +44,12 @@ class StoredKeys:
         links: LinkPlanePort,
         supply: Supply,
         jobs: Jobs,
+        handovers: Handovers,
         tasks: Background,
         lifetime_s: float,
     ) -> None:
         self._around = around
+        self._handovers = handovers
         self._store = store
         self._links = links
         self._supply = supply
@@ -61,18 +66,28 @@ class StoredKeys:
         *,
         timeout_s: float,
         request_id: str,
+        foreign: Collection[str] = (),
     ) -> tuple[Keys, str]:
         """Keys for slaves at one or more KMEs; returned once all of those hold them durably.
 
         Args:
             slaves: slave SAE ids by the KME where they are homed; this one included.
+            foreign: those of them that live behind that KME as a border: acknowledged by the far end.
 
         Raises:
             ShortageError, UnavailableError, PeerError: not all targets took the keys; those that
                 did are told to void them. A caller that gives up first changes nothing about it.
         """
         return await unbroken(
-            self._create(master, slaves, number, size_bytes, timeout_s=timeout_s, request_id=request_id)
+            self._create(
+                master,
+                slaves,
+                number,
+                size_bytes,
+                timeout_s=timeout_s,
+                request_id=request_id,
+                foreign=foreign,
+            )
         )
 
     async def _create(
@@ -84,6 +99,7 @@ class StoredKeys:
         *,
         timeout_s: float,
         request_id: str,
+        foreign: Collection[str],
     ) -> tuple[Keys, str]:
         deadline = self._around.monotonic_s() + timeout_s
         remote = sorted(kme for kme in slaves if kme != self._around.own_id)
@@ -99,22 +115,57 @@ class StoredKeys:
             )
             values = [value for _, value in drawn]
         else:
-            values, grade = await self._local_values(number, size_bytes, timeout_s), LOCAL_GRADE
-        keys = [(_random_id(self._around.randomness(16)), value) for value in values]
+            values, grade = await self.local_values(number, size_bytes, timeout_s), LOCAL_GRADE
+        keys = [(random_id(self._around.randomness(16)), value) for value in values]
         expires_at_s = int(self._around.now_s() + self._lifetime_s)
-        here = slaves.get(self._around.own_id, ())
+        at_home = slaves.get(self._around.own_id, ())
+        here = [sae for sae in at_home if sae not in foreign]
         if here:
             rows = [
                 StoredKeyRow(master, key_id, value, expires_at_s, "", grade, dict.fromkeys(here, False))
                 for key_id, value in keys
             ]
             await self._store.commit(lambda tables: tables.keystore.put_stored_keys(rows))
-        if remote:
+        if foreign:
+            crossing = [sae for sae in at_home if sae in foreign]
+            targets = {kme: slaves[kme] for kme in remote}
+            await self._hand_over(master, targets, crossing, keys, grade=grade, deadline=deadline)
+        elif remote:
             targets = {kme: slaves[kme] for kme in remote}
             await self._deposit(
                 master, targets, keys, grade=grade, expires_at_s=expires_at_s, deadline=deadline
             )
         return keys, grade
+
+    async def _hand_over(
+        self,
+        master: str,
+        targets: Mapping[str, Sequence[str]],
+        crossing: Sequence[str],
+        keys: Keys,
+        *,
+        grade: str,
+        deadline: float,
+    ) -> None:
+        """As ``_deposit``, where some slaves are foreign: their key managers acknowledge, too."""
+        left_s = max(0.1, deadline - self._around.monotonic_s())
+        expires_at_s = int(self._around.now_s() + self._lifetime_s)
+        parcels = []
+        for kme, saes in targets.items():
+            for part in _parts(keys):
+                deposit = self._message(master, saes, part, grade, expires_at_s)
+                deposit.give_up_s = max(0.3, left_s - MARGIN_S)
+                parcels.append(Parcel(kme, SealedMessage(keys=deposit), tuple(key_id for key_id, _ in part)))
+        local = None
+        if crossing:
+            arrivals = tuple(Arrival(key_id, value) for key_id, value in keys)
+            local = LocalParcel(Association.of(master, crossing), arrivals)
+        try:
+            await self._handovers.hand_over(master, parcels, local, timeout_s=left_s)
+        except MeshError:
+            key_ids = [key_id for key_id, _ in keys]
+            await self._store.commit(lambda tables: _void_here(tables, master, key_ids))
+            raise
 
     async def _deposit(
         self,
@@ -164,7 +215,12 @@ class StoredKeys:
             grade=grade,
         )
 
-    async def _local_values(self, number: int, size_bytes: int, timeout_s: float) -> list[bytes]:
+    async def local_values(self, number: int, size_bytes: int, timeout_s: float) -> list[bytes]:
+        """Fresh keys of lane bytes mixed with this machine's randomness (4.9).
+
+        Raises:
+            ShortageError: no open link has enough.
+        """
         total = number * size_bytes
         lane_bytes = bytearray()
         deadline = self._around.monotonic_s() + timeout_s
@@ -217,7 +273,7 @@ def _problem(outcome: SealedAnswer | BaseException) -> BaseException | None:
     return PeerError("a target did not take the keys", reason=ErrorReason.PEER_REFUSED, retry_after_s=1.0)
 
 
-def _random_id(randomness: bytes) -> bytes:
+def random_id(randomness: bytes) -> bytes:
     """A UUID of version 4 from 16 random bytes."""
     value = bytearray(randomness)
     value[6] = (value[6] & 0x0F) | 0x40

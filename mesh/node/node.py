@@ -20,6 +20,7 @@ from typing import TypeVar
 import grpc
 
 from mesh import __version__
+from mesh.core.border_rules import BorderConfig, BufferSpec, Peer
 from mesh.core.identity import Identity, Role
 from mesh.core.mac import require_poly1305
 from mesh.core.policy import AccessTable, Limits, Rate
@@ -41,6 +42,7 @@ from mesh.node.psrd_desk import PsrdDesk
 from mesh.node.publishing import Publisher
 from mesh.node.routing import DirectoryRoutes
 from mesh.node.services.admin import AdminService
+from mesh.node.services.border import BorderService
 from mesh.node.services.keys import KeyDeliveryService
 from mesh.node.services.link import LinkService, add_link_service
 from mesh.node.services.peer import PeerService
@@ -62,6 +64,7 @@ from mesh.sources.etsi014_device import Etsi014Device, client_context
 from mesh.store.store import Store
 from mesh.v1.admin_pb2 import NodeStatus
 from mesh.v1.admin_pb2_grpc import add_AdminServicer_to_server
+from mesh.v1.border_pb2_grpc import add_BorderServicer_to_server
 from mesh.v1.keys_pb2_grpc import add_KeyDeliveryServicer_to_server
 from mesh.v1.peer_pb2_grpc import add_PeerServicer_to_server
 
@@ -163,6 +166,31 @@ def key_plane_config(config: NodeConfig) -> KeyPlaneConfig:
         key_lifetime_s=reserves.key_lifetime_s,
         request_timeout_s=limits.request_timeout_s,
         prefill=reserves.prefill,
+        border=border_config(config),
+        buffers=tuple(
+            BufferSpec(pair.master, pair.slave, pair.buffer, pair.key_size_bits // 8)
+            for pair in config.foreign_buffers
+        ),
+    )
+
+
+def border_config(config: NodeConfig) -> BorderConfig | None:
+    """The border's settings, None where there is no border."""
+    border = config.border
+    if border is None:
+        return None
+    return BorderConfig(
+        gateways=frozenset(border.gateways),
+        url=border.url,
+        peers=tuple(Peer(peer.kme_id, peer.url, tuple(peer.prefixes)) for peer in border.peers),
+        carry_timeout_s=border.carry_timeout_s,
+        ack_give_up_s=border.ack_give_up_s,
+        void_give_up_s=border.void_give_up_s,
+        void_repeat_s=border.void_repeat_s,
+        max_targets=border.max_targets,
+        max_key_bytes=config.limits.max_key_size_bits // 8,
+        max_open_keys=border.max_open_keys,
+        keep_s=border.keep_s,
     )
 
 
@@ -378,6 +406,15 @@ class Node:
                 ),
             )
             self.server.add(add_PeerServicer_to_server, PeerService(plane))
+            if config.border is not None:
+                self.server.add(
+                    add_BorderServicer_to_server,
+                    BorderService(
+                        plane.border,
+                        caller_id=lambda: caller().id,
+                        audit=None if audit is None else audit.record_all,
+                    ),
+                )
         self.server.add(
             add_AdminServicer_to_server,
             AdminService(

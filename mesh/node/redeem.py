@@ -52,6 +52,24 @@ class _Run:
         return Range(self.start, self.stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Redemption:
+    """Addressed keys claimed for somebody else's transaction.
+
+    Attributes:
+        use: to run inside it.
+        settled: to be told, in any case, whether it became durable.
+    """
+
+    keys: Keys
+    grade: str
+    use: Callable[[Tables], None]
+    settled: Callable[[bool], None]
+
+    def __repr__(self) -> str:
+        return f"Redemption({len(self.keys)} keys)"
+
+
 class Redeemer:
     """Redeems addressed and stored keys for slaves homed here."""
 
@@ -168,19 +186,10 @@ class Redeemer:
         addressed: dict[int, _Addressed],
         stored: dict[int, StoredKeyRow],
     ) -> tuple[Keys, str]:
-        runs = _runs(addressed.values())
         taken: list[_Run] = []
         try:
-            for run in runs:
-                try:
-                    run.book.slots.take([run.span], SlotKind.KEYS)
-                except PeerError as exc:
-                    raise _unknown() from exc
-                taken.append(run)
-                run.parts = run.book.key_parts(run.span)
-            values = _values(runs, addressed)
+            values, using = _claim(addressed, taken)
             values.update({index: row.value for index, row in stored.items()})
-            using = [run.book.using([run.span]) for run in runs]
 
             def change(tables: Tables) -> None:
                 for use in using:
@@ -214,6 +223,48 @@ class Redeemer:
             # A commit that was reported as failed did reach the disk (a proof copy could not be written).
             for book in {run.book.reserve_id: run.book for run in taken}.values():
                 book.reload_used()
+
+    def prepare(
+        self, document: NetworkDocument, slave: str, master: str, key_ids: Sequence[bytes]
+    ) -> Redemption:
+        """Claims addressed keys for a transaction of the caller's (protocol 6.2: a border's).
+
+        Raises:
+            CallerError: INVALID_ARGUMENT, or UNKNOWN_KEY for keys that are not held.
+            NotAuthorizedError: a key_ID was not issued to this pair.
+        """
+        self._check(key_ids)
+        homes = document.homes_within(master, self._around.now_s(), self._lifetime_s)
+        matches = tagger(master, slave).matches
+        addressed: dict[int, _Addressed] = {}
+        for index, key_id in enumerate(key_ids):
+            address = parse(key_id)
+            if address is None:
+                raise _unknown()
+            found, is_wrong = self._find_addressed(homes, matches, key_id, address)
+            if is_wrong:
+                raise _denied()
+            if not isinstance(found, _Addressed):
+                raise _unknown()
+            addressed[index] = found
+        taken: list[_Run] = []
+        try:
+            values, using = _claim(addressed, taken)
+        except BaseException:
+            _settle(taken, is_durable=False)
+            raise
+
+        def use(tables: Tables) -> None:
+            for one in using:
+                one(tables)
+
+        def settled(is_durable: bool) -> None:
+            _settle(taken, is_durable=is_durable)
+            for run in taken if is_durable else ():
+                run.book.wipe([run.span])
+
+        keys = [(key_id, values[index]) for index, key_id in enumerate(key_ids)]
+        return Redemption(keys, addressed[0].book.grade, use, settled)
 
     # wrong tags
 
@@ -277,6 +328,21 @@ def _values(runs: Sequence[_Run], addressed: dict[int, _Addressed]) -> dict[int,
         at = (one.span.start - run.start) * KEY_PART_BYTES
         values[index] = run.parts[at : at + one.size_bytes]
     return values
+
+
+def _claim(
+    addressed: dict[int, _Addressed], taken: list[_Run]
+) -> tuple[dict[int, bytes], list[Callable[[Tables], None]]]:
+    """Takes the slots (noting them in ``taken``), reads the keys; with the changes that use them up."""
+    runs = _runs(addressed.values())
+    for run in runs:
+        try:
+            run.book.slots.take([run.span], SlotKind.KEYS)
+        except PeerError as exc:
+            raise _unknown() from exc
+        taken.append(run)
+        run.parts = run.book.key_parts(run.span)
+    return _values(runs, addressed), [run.book.using([run.span]) for run in runs]
 
 
 def _settle(taken: Sequence[_Run], *, is_durable: bool) -> None:

@@ -84,6 +84,7 @@ CREATE TABLE border_keys (
     is_kept INTEGER NOT NULL, revivals INTEGER NOT NULL,
     PRIMARY KEY (key_id, peer, is_outbound)) STRICT;
 CREATE INDEX border_keys_by_exchange ON border_keys (exchange_id);
+CREATE INDEX border_keys_by_state ON border_keys (is_outbound, state);
 CREATE TABLE border_posts (
     job_id BLOB PRIMARY KEY, kind TEXT NOT NULL, exchange_id BLOB NOT NULL, peer TEXT NOT NULL,
     url TEXT NOT NULL, status TEXT NOT NULL, initiator TEXT NOT NULL, targets TEXT NOT NULL,

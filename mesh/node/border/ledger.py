@@ -31,7 +31,7 @@ class Ledger:
         self.tables = tables
         self._border = tables.border
         self._ports = ports
-        self._after = after
+        self.after = after
         self._exchanges: dict[bytes, ExchangeRow] = {}
         self._touched: dict[bytes, None] = {}
         self._acks: dict[_AckKey, list[bytes]] = {}
@@ -145,6 +145,13 @@ class Ledger:
         else:
             self._border.save_key(key)
 
+    def end_carries(self, exchange_ids: Iterable[bytes]) -> None:
+        """Inbound keys that did not reach all their targets in time fail."""
+        for exchange_id in exchange_ids:
+            for key in self._border.keys(exchange_id):
+                if key.state == Inbound.HELD:
+                    self.inbound(key, InboundEvent.NOT_CARRIED)
+
     def place_voided(self, key: BorderKeyRow, *, is_kept: bool) -> None:
         """One place has answered whether it voided an inbound key."""
         if is_kept:
@@ -192,7 +199,7 @@ class Ledger:
 
     def _alarm(self, key: BorderKeyRow, what: str) -> None:
         alarms = self._ports.alarms
-        self._after.steps.append(
+        self.after.steps.append(
             lambda: alarms.raise_alarm(
                 f"border/{key.peer}/contradiction",
                 "warning",
@@ -259,7 +266,7 @@ class Ledger:
             kept = (*report.kept_ids, key_id) if is_kept else report.kept_ids
             self._border.put_report(ReportRow(source, report.job_id, left, kept))
             if not left:
-                self._ports.resolve(self.tables, self._after, source, report.job_id, kept)
+                self._ports.resolve(self.tables, self.after, source, report.job_id, kept)
 
     # settling
 
@@ -326,7 +333,7 @@ class Ledger:
     def call(self, purpose: str, exchange_id: bytes, kme: str, key_ids: Sequence[bytes]) -> None:
         """A sealed message is wanted."""
         row = self._border.put_call(purpose, exchange_id, kme, key_ids)
-        self._after.steps.append(lambda: self._ports.call_added(row))
+        self.after.steps.append(lambda: self._ports.call_added(row))
 
     def _do_recalls(self, exchange: ExchangeRow, key_ids: list[bytes]) -> None:
         if exchange.owner == "deposit":
@@ -340,7 +347,10 @@ class Ledger:
                 continue
             key = self._border.key(key_id, exchange.peer, is_outbound=True)
             if key is not None and key.state == Outbound.RECALLING:
-                self.recalled(key, is_back=self._ports.take_back(self.tables, self._after, key_id))
+                self.recalled(
+                    key,
+                    is_back=self._ports.take_back(self.tables, self.after, key_id, border=self._ports.own_id),
+                )
 
     def _owe_tell(self, exchange: ExchangeRow) -> None:
         """An owner is told once about all that it asked for, in transit once per peer."""
@@ -361,8 +371,8 @@ class Ledger:
             return
         failed = list(dict.fromkeys(key.key_id for key in keys if key.state not in _HELD_OUTBOUND))
         if exchange.owner == "deposit":
-            self._ports.resolve(self.tables, self._after, exchange.source, exchange.source_job, failed)
-        elif not self._ports.tell_local(self.tables, self._after, exchange.source_job, failed) or failed:
+            self._ports.resolve(self.tables, self.after, exchange.source, exchange.source_job, failed)
+        elif not self._ports.tell_local(self.tables, self.after, exchange.source_job, failed) or failed:
             # A relayed nobody waits for becomes a void (protocol 6.2).
             for key in keys:
                 if key.state in _HELD_OUTBOUND:
@@ -386,7 +396,7 @@ class Ledger:
             exchange = self.exchange(exchange_id)
             unique = list(dict.fromkeys(key_ids))
             if not url:
-                self._after.steps.append(
+                self.after.steps.append(
                     lambda peer=exchange.peer, ids=unique, what=status: self._ports.answered(  # type: ignore[misc]  # bound now
                         peer, ids, what
                     )
@@ -449,7 +459,7 @@ class Ledger:
             return
         self._border.narrow_post(post.job_id, left)
         if not left:
-            self._after.steps.append(lambda: self._ports.post_gone(post.job_id))
+            self.after.steps.append(lambda: self._ports.post_gone(post.job_id))
 
     def _put_post(
         self,
@@ -475,7 +485,7 @@ class Ledger:
             give_up_ms,
         )
         self._border.put_post(row)
-        self._after.steps.append(lambda: self._ports.post_added(row))
+        self.after.steps.append(lambda: self._ports.post_added(row))
 
 
 def needs_void(key: BorderKeyRow) -> bool:

@@ -1,14 +1,13 @@
-"""Settings of a border, and what its parts need of each other and of the key plane."""
+"""What the parts of a border need of each other and of the key plane."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from mesh.core.border_rules import AckStatus, Association, Peer
+from mesh.core.border_rules import AckStatus, Association, BorderConfig
 from mesh.core.network import NetworkDocument
-from mesh.errors import ErrorReason
 from mesh.node.keyports import AlarmPort
 from mesh.store.tables import CallRow, PostRow, Tables
 
@@ -17,43 +16,7 @@ KEYS_PATH = "/kmapi/v1/ext_keys"
 VOID_PATH = "/kmapi/v1/ext_keys/void"
 _PEER_PLACE = "020/"
 
-
-@dataclass(frozen=True, slots=True)
-class BorderConfig:
-    """Settings of a border; times in seconds.
-
-    Attributes:
-        gateways: the only gateways that may import keys and perform requests (protocol 5.2).
-        url: base URL of our own 020 listener, ``https://host[:port]``: peers call back there.
-        peers: foreign key managers.
-        carry_timeout_s: an inbound key reaches its targets within this time, or fails.
-        ack_give_up_s: an ack that cannot be delivered for so long ends in a void.
-        void_give_up_s: a void that is not confirmed for so long ends in an alarm.
-        void_repeat_s: a void that was taken and is not acked is posted again after this time.
-        max_targets: SAEs of one association, initiator not counted.
-        max_open_keys: keys of one peer about which anything is remembered.
-        keep_s: tombstones are kept this long.
-    """
-
-    gateways: frozenset[str] = frozenset()
-    url: str = ""
-    peers: tuple[Peer, ...] = ()
-    carry_timeout_s: float = 30.0
-    ack_give_up_s: float = 600.0
-    void_give_up_s: float = 3600.0
-    void_repeat_s: float = 10.0
-    max_targets: int = 9
-    max_key_bytes: int = 8192
-    max_open_keys: int = 200_000
-    keep_s: float = 2 * 86_400.0
-
-    def peer(self, kme_id: str) -> Peer | None:
-        """The configured peer of that name."""
-        return next((peer for peer in self.peers if peer.kme_id == kme_id), None)
-
-    def peer_for(self, sae_id: str) -> Peer | None:
-        """The first configured peer behind which an SAE lives."""
-        return next((peer for peer in self.peers if peer.serves(sae_id)), None)
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -101,8 +64,12 @@ class LedgerPorts(Protocol):
         """Tells the outcome of an export of this node's own; False if nobody waits for it."""
         ...
 
-    def take_back(self, tables: Tables, after: After, key_id: bytes) -> bool:
-        """Takes a key of this node's own back; False if it was handed out."""
+    def take_back(self, tables: Tables, after: After, key_id: bytes, *, border: str) -> bool:
+        """Takes a key back that this node made and gave to a border; False if it was handed out."""
+        ...
+
+    def read(self, query: Callable[[Tables], T]) -> T:
+        """Reads from the store, outside of any change."""
         ...
 
     def post_added(self, post: PostRow) -> None:
@@ -138,21 +105,6 @@ def peer_place(kme_id: str) -> str:
 def peer_of_place(place: str) -> str | None:
     """The further peer that a place stands for; None for a KME of ours."""
     return place.removeprefix(_PEER_PLACE) if place.startswith(_PEER_PLACE) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """How a sealed message about border keys ends inside its transaction.
-
-    Attributes:
-        reason: why nothing was applied; None when it was.
-        failed: keys for which it could not be done.
-        is_pending: the answer comes later.
-    """
-
-    reason: ErrorReason | None = None
-    failed: tuple[bytes, ...] = ()
-    is_pending: bool = False
 
 
 @dataclass(frozen=True, slots=True)

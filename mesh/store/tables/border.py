@@ -195,13 +195,13 @@ class Border(Table):
     def overdue(self, now_ms: int, *, is_outbound: bool, states: Collection[str]) -> list[ExchangeRow]:
         """Exchanges past their time with keys in one of these states."""
         marks = ", ".join("?" * len(states))
+        columns = ", ".join(f"e.{name.strip()}" for name in _EXCHANGE.split(","))
         rows = self._rows(
-            f"SELECT {_EXCHANGE} FROM border_exchanges AS e WHERE e.give_up_ms <= ? AND e.is_outbound = ?"
-            " AND EXISTS (SELECT 1 FROM border_keys AS k WHERE k.exchange_id = e.exchange_id"
-            f" AND k.state IN ({marks}))",
-            now_ms,
+            f"SELECT DISTINCT {columns} FROM border_keys AS k JOIN border_exchanges AS e USING (exchange_id)"
+            f" WHERE k.is_outbound = ? AND k.state IN ({marks}) AND e.give_up_ms <= ?",
             int(is_outbound),
             *states,
+            now_ms,
         )
         return [_exchange(row) for row in rows]
 
@@ -308,6 +308,14 @@ class Border(Table):
         )
         return {(bool(row[0]), row[1], row[2]): row[3] for row in rows}
 
+    def wipe_relayed(self, created_before_s: int) -> int:
+        """Wipe the bytes of inbound keys that were relayed a while ago; returns how many."""
+        return self._run(
+            "UPDATE border_keys SET value = x'' WHERE is_outbound = 0 AND state = 'relayed' AND value != x''"
+            " AND exchange_id IN (SELECT exchange_id FROM border_exchanges WHERE created_s < ?)",
+            created_before_s,
+        )
+
     # requests to post
 
     def put_post(self, row: PostRow) -> None:
@@ -335,6 +343,13 @@ class Border(Table):
             kind,
         )
         return [_post(row) for row in rows]
+
+    def overdue_posts(self, now_ms: int) -> list[PostRow]:
+        """Requests past their time."""
+        return [
+            _post(row)
+            for row in self._rows(f"SELECT {_POST} FROM border_posts WHERE give_up_ms <= ?", now_ms)
+        ]
 
     def post(self, job_id: bytes) -> PostRow | None:
         """The request, None once it is done."""

@@ -1,0 +1,174 @@
+"""Foreign keys kept ready: acknowledged by the far end, released when their master asks.
+
+Owns the ``buffer`` of an SAE pair (off by default): with it no request waits for an ocean. A buffered key
+is durable here and at the far end; it leaves the buffer durably before it is handed out, is voided when
+it gets old, and can be taken back by the border as long as it is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from mesh.core.border_rules import BufferSpec, pause_s
+from mesh.errors import MeshError
+from mesh.node.border.ports import After
+from mesh.node.keyports import Surroundings
+from mesh.node.supply import Keys
+from mesh.node.tasks import unbroken
+from mesh.store.store import Store
+from mesh.store.tables import BufferRow, Tables
+
+FILL_BATCH = 32
+FILL_TIMEOUT_S = 30.0
+_FILL_EVERY_S = 0.25
+_AGE_EVERY_S = 10.0
+_SIDE_BY_SIDE = 4
+
+_LOG = logging.getLogger("keymesh.buffers")
+
+
+@dataclass(slots=True)
+class _Stock:
+    """The buffer of one pair."""
+
+    spec: BufferSpec
+    rows: deque[BufferRow]
+    filling: int = 0
+    attempts: int = 0
+    not_before_s: float = 0.0
+
+
+Fill = Callable[[BufferSpec, int, "Callable[[Sequence[BufferRow]], None]"], Awaitable[None]]
+Void = Callable[[str, str, Sequence[bytes]], Awaitable[None]]
+
+
+class Buffers:
+    """The buffers of this node's SAEs.
+
+    Args:
+        fill: hands fresh keys of a pair over; their rows are durable with the decision, and told then.
+        void: voids keys at their border.
+    """
+
+    def __init__(
+        self, around: Surroundings, specs: Iterable[BufferSpec], *, store: Store, fill: Fill, void: Void
+    ) -> None:
+        self._around = around
+        self._store = store
+        self._fill = fill
+        self._void = void
+        self._stocks = {(spec.master, spec.slave): _Stock(spec, deque()) for spec in specs}
+        self._kick = asyncio.Event()
+
+    def load(self) -> None:
+        """Reads back what is ready; keys of pairs that are no longer buffered stay until they are old."""
+        for row in self._store.read(lambda tables: tables.border.buffered()):
+            pair = (row.master, row.slave)
+            if pair not in self._stocks:
+                spec = BufferSpec(row.master, row.slave, 0, len(row.value))
+                self._stocks[pair] = _Stock(spec, deque())
+            self._stocks[pair].rows.append(row)
+
+    def level(self, master: str, slave: str) -> int:
+        """Keys of a pair that are ready."""
+        stock = self._stocks.get((master, slave))
+        return 0 if stock is None else len(stock.rows)
+
+    async def take(self, master: str, slave: str, number: int, size_bytes: int) -> tuple[Keys, str] | None:
+        """Ready keys of a pair, durably out of the buffer; None when there are too few of that size.
+
+        Raises:
+            UnavailableError: the store could not be written; nothing was handed out.
+        """
+        stock = self._stocks.get((master, slave))
+        if stock is None:
+            return None
+        now_s = self._around.now_s()
+        fresh = (row for row in stock.rows if len(row.value) == size_bytes and row.expires_at_s > now_s)
+        rows = list(islice(fresh, number))
+        if len(rows) < number:
+            return None
+        for row in rows:
+            stock.rows.remove(row)
+        self._kick.set()
+        await unbroken(self._take_out(stock, rows))
+        return [(row.key_id, row.value) for row in rows], rows[0].grade
+
+    async def _take_out(self, stock: _Stock, rows: Sequence[BufferRow]) -> None:
+        try:
+            await self._store.commit(lambda tables: tables.border.take_buffered([row.key_id for row in rows]))
+        except MeshError:
+            stock.rows.extendleft(reversed(rows))
+            raise
+
+    def unbuffer(self, tables: Tables, after: After, key_id: bytes, border: str) -> bool:
+        """Takes a key back for its border, inside a change of the store; False if it is not here."""
+        for stock in self._stocks.values():
+            for row in stock.rows:
+                if row.key_id == key_id and row.border == border:
+                    tables.border.take_buffered([key_id])
+                    # At once: a change that fails leaves the key to the next start.
+                    stock.rows.remove(row)
+                    after.steps.append(self._kick.set)
+                    return True
+        return False
+
+    async def run(self) -> None:
+        """Fills and ages until cancelled."""
+        age_at_s = self._around.monotonic_s()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for stock in self._stocks.values():
+                    while (number := self._wanted(stock)) > 0:
+                        stock.filling += number
+                        group.create_task(self._fill_one(stock, number))
+                if self._around.monotonic_s() >= age_at_s:
+                    age_at_s = self._around.monotonic_s() + _AGE_EVERY_S
+                    await self._drop_old()
+                self._kick.clear()
+                try:
+                    async with asyncio.timeout(_FILL_EVERY_S):
+                        await self._kick.wait()
+                except TimeoutError:
+                    continue
+
+    def _wanted(self, stock: _Stock) -> int:
+        if self._around.monotonic_s() < stock.not_before_s or stock.filling >= _SIDE_BY_SIDE * FILL_BATCH:
+            return 0
+        return min(FILL_BATCH, stock.spec.keys - len(stock.rows) - stock.filling)
+
+    async def _fill_one(self, stock: _Stock, number: int) -> None:
+        try:
+            await self._fill(stock.spec, number, stock.rows.extend)
+        except MeshError as exc:
+            stock.attempts += 1
+            stock.not_before_s = self._around.monotonic_s() + pause_s(stock.attempts)
+            _LOG.info(
+                "buffer not filled",
+                extra={"master": stock.spec.master, "slave": stock.spec.slave, "cause": str(exc)},
+            )
+        else:
+            stock.attempts = 0
+        finally:
+            stock.filling -= number
+            self._kick.set()
+
+    async def _drop_old(self) -> None:
+        now_s = self._around.now_s()
+        for stock in self._stocks.values():
+            old = [row for row in stock.rows if row.expires_at_s <= now_s]
+            for row in old:
+                stock.rows.remove(row)
+            for border in sorted({row.border for row in old}):
+                part = [row for row in old if row.border == border]
+                try:
+                    await self._void(border, stock.spec.master, [row.key_id for row in part])
+                    await self._take_out(stock, part)
+                except MeshError as exc:
+                    # They are not handed out any more; the next start tries again.
+                    _LOG.warning("old keys not voided yet", extra={"border": border, "cause": str(exc)})
