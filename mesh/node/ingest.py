@@ -32,6 +32,7 @@ from mesh.errors import (
     TagMismatchError,
     UnavailableError,
 )
+from mesh.node.disk import DiskGuard
 from mesh.node.lanes import AnyEnd
 from mesh.sources.port import DeviceKey, KeySource
 from mesh.store.tables import BlockRow, BlockState, ExtentRow, ExtentState, Tables
@@ -95,6 +96,9 @@ class Ingest:
         self._added_at_s: float | None = None
         self._cap = RateCap(settings.first_contact_per_s, settings.first_contact_burst)
         self._wake = asyncio.Event()
+        self._disk = DiskGuard(
+            link.store, link.alarms, link.randomness, probe_bytes=max(settings.block_bytes, 64 << 10)
+        )
         #: Held while blocks and lanes change: a reset waits for what is under way.
         self.lock = asyncio.Lock()
 
@@ -178,7 +182,8 @@ class Ingest:
 
     async def _write_pad(self, block: Block, data: bytes) -> str:
         name = f"{self.link.peer[:40]}-{block.block_id.hex()}"
-        await self.link.store.pads.create(name, blocks.lane_bytes(data))
+        with self._disk.watching():
+            await self.link.store.pads.create(name, blocks.lane_bytes(data))
         return name
 
     def _join(self, end: AnyEnd, extent: ExtentRow, *, is_usable: bool) -> None:
@@ -394,12 +399,12 @@ class BlockLeader(Ingest):
         want = min(settings.block_bytes, max(16 << 10, usable, 2 * blocks.MIN_BLOCK_BYTES))
         held = sum(len(key.value) for key in self._gathered)
         if held < want:
+            await self._disk.check()
             self._gathered += await self.source.take(want - held)
             self._device_answered()
         taken, total = self._pick(want)
         if total < max(settings.gather_bytes, blocks.MIN_BLOCK_BYTES):
             return settings.poll_min_s
-        del self._gathered[: len(taken)]
         await self._offer(end, taken, total)
         if not is_comfortable or total > want // 2:
             return settings.poll_min_s
@@ -445,6 +450,8 @@ class BlockLeader(Ingest):
             tuple(key.key_id for key in keys),
         )
         file = await self._write_pad(block, data)
+        # Until here they may be tried again; a commit that failed may yet have reached the disk.
+        del self._gathered[: len(keys)]
         span = block.span
         row = BlockRow(
             block.block_id,
@@ -465,7 +472,8 @@ class BlockLeader(Ingest):
             if root is not None:
                 tables.lanes.set_root(end.lane_id, root)
 
-        await self.link.store.commit(change)
+        with self._disk.watching():
+            await self.link.store.commit(change)
         if root is not None:
             end.root = root
         for key in keys:
@@ -660,12 +668,14 @@ class BlockFollower(Ingest):
             self._answer(block.block_id, BlockAnswer.BUSY, stream)
             return
         try:
+            await self._disk.check()
             keys = await self.source.fetch(block.device_key_ids)
         except CallerError:
             await self._refuse(end, block, offer, BlockAnswer.LOST, stream, in_frame=in_frame)
             return
         except (UnavailableError, PeerError) as error:
-            self._alarm_device(error)
+            if not self._disk.is_doubted:
+                self._alarm_device(error)
             self._answer(block.block_id, BlockAnswer.BUSY, stream)
             return
         self._device_answered()
@@ -715,7 +725,8 @@ class BlockFollower(Ingest):
                 tables.lanes.set_root(end.lane_id, root)
             self._prune(tables, end)
 
-        await self.link.store.commit(change)
+        with self._disk.watching():
+            await self.link.store.commit(change)
         if root is not None:
             end.root = root
         if gap is not None:

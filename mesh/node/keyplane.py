@@ -31,6 +31,7 @@ from mesh.node.appends import Appender
 from mesh.node.border.border import Border
 from mesh.node.deposits import InboundDeposits
 from mesh.node.establish import Establisher
+from mesh.node.expiry import Expiry
 from mesh.node.foreign import ForeignKeys
 from mesh.node.handovers import Handovers
 from mesh.node.jobs import Jobs, open_epoch_attachment
@@ -213,8 +214,9 @@ class KeyPlane:
             tasks=self.tasks,
             lifetime_s=config.key_lifetime_s,
         )
+        self.expiry = Expiry(around, store=store, lifetime_s=config.key_lifetime_s, spawn=self.tasks.spawn)
         self.redeemer = Redeemer(
-            around, store=store, reserves=self.reserves, lifetime_s=config.key_lifetime_s
+            around, self.expiry, store=store, reserves=self.reserves, lifetime_s=config.key_lifetime_s
         )
         self.border = Border(
             around,
@@ -244,7 +246,7 @@ class KeyPlane:
             lifetime_s=config.key_lifetime_s,
         )
         self.retirer = Retirer(
-            around, store=store, reserves=self.reserves, jobs=self.jobs, lifetime_s=config.key_lifetime_s
+            self.expiry, store=store, reserves=self.reserves, jobs=self.jobs, lifetime_s=config.key_lifetime_s
         )
         relay = Relay(around, links=links, directory=directory, bulk_floor_bytes=config.lane_floor_bytes)
         self.shares = ShareRouter(around, relay=relay, appender=self.appender, reports=reports)
@@ -283,6 +285,7 @@ class KeyPlane:
             self.supply.prefilled = self._prefill_peers()
             self.appender.expire()
             self.watch.tidy()
+            self.expiry.look()
             now_s = self._around.monotonic_s()
             if now_s - last_retire_s >= min(_RETIRE_EVERY_S, self._config.key_lifetime_s / 8):
                 last_retire_s = now_s
@@ -291,7 +294,7 @@ class KeyPlane:
             await asyncio.sleep(_EXPIRE_EVERY_S)
 
     async def _expire_stored(self) -> None:
-        now_s = int(self._around.now_s())
+        now_s = int(self.expiry.now_s)
         try:
             await self._store.commit(lambda tables: tables.keystore.expire(now_s))
             await self._store.commit(

@@ -17,6 +17,7 @@ from mesh.core.ranges import Range
 from mesh.core.reserve import Held
 from mesh.core.transfer import KEY_PART_BYTES, SlotKind
 from mesh.errors import CallerError, ErrorReason, NotAuthorizedError, PeerError
+from mesh.node.expiry import Expiry
 from mesh.node.inbound import InboundBook
 from mesh.node.keyports import Surroundings
 from mesh.node.reserves import Reserves
@@ -73,8 +74,11 @@ class Redemption:
 class Redeemer:
     """Redeems addressed and stored keys for slaves homed here."""
 
-    def __init__(self, around: Surroundings, *, store: Store, reserves: Reserves, lifetime_s: float) -> None:
+    def __init__(
+        self, around: Surroundings, expiry: Expiry, *, store: Store, reserves: Reserves, lifetime_s: float
+    ) -> None:
         self._around = around
+        self._expiry = expiry
         self._store = store
         self._reserves = reserves
         self._lifetime_s = lifetime_s
@@ -100,7 +104,7 @@ class Redeemer:
         # A foreign master is looked up only in the key store (6.1).
         is_foreign = document.foreign_for(master) is not None
         # Every KME that was the master's home within the key lifetime (4.7, 5.1).
-        homes = document.homes_within(master, self._around.now_s(), self._lifetime_s)
+        homes = document.homes_within(master, self._expiry.now_s, self._lifetime_s)
         matches = tagger(master, slave).matches
         for index, key_id in enumerate(key_ids):
             address = None if is_foreign else parse(key_id)
@@ -174,7 +178,7 @@ class Redeemer:
         if row.slaves and slave not in row.slaves:
             return Held.ABSENT
         is_open = row.state is KeyState.HELD and not row.slaves.get(slave, True)
-        return row if is_open and row.expires_at_s > self._around.now_s() else Held.REDEEMED
+        return row if is_open and row.expires_at_s > self._expiry.now_s else Held.REDEEMED
 
     # taking
 

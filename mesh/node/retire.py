@@ -10,8 +10,8 @@ import logging
 from collections.abc import Awaitable
 
 from mesh.errors import MeshError
+from mesh.node.expiry import Expiry
 from mesh.node.jobs import Jobs
-from mesh.node.keyports import Surroundings
 from mesh.node.outbound import OutboundBook
 from mesh.node.reserves import RETIRE_ALL, OldEpoch, Reserves
 from mesh.store.store import Store
@@ -27,9 +27,9 @@ class Retirer:
     """Sends retires when key lifetimes end; one at a time per peer."""
 
     def __init__(
-        self, around: Surroundings, *, store: Store, reserves: Reserves, jobs: Jobs, lifetime_s: float
+        self, expiry: Expiry, *, store: Store, reserves: Reserves, jobs: Jobs, lifetime_s: float
     ) -> None:
-        self._around = around
+        self._expiry = expiry
         self._store = store
         self._reserves = reserves
         self._jobs = jobs
@@ -42,7 +42,7 @@ class Retirer:
             await self._guarded(self._retire_current(book), book.peer)
         for peer in self._reserves.old_peers():
             for old in list(self._reserves.old_epochs(peer)):
-                if old.closed_at_s + self._lifetime_s <= self._around.now_s():
+                if old.closed_at_s + self._lifetime_s <= self._expiry.now_s:
                     await self._guarded(self._retire_old(peer, old), peer)
 
     async def _guarded(self, work: Awaitable[None], peer: str) -> None:
@@ -52,7 +52,7 @@ class Retirer:
             _LOG.info("retire failed", extra={"peer": peer, "cause": str(exc)})
 
     async def _retire_current(self, book: OutboundBook) -> None:
-        expired = book.clock.expired_below(self._around.now_s(), self._lifetime_s)
+        expired = book.clock.expired_below(self._expiry.now_s, self._lifetime_s)
         due = self._due[book.reserve_id] = max(self._due.get(book.reserve_id, 0), expired)
         bounds = [self._jobs.lowest_unanswered(book.peer, book.epoch), book.slots.lowest_sealed_in_flight]
         below = min([due, *(bound for bound in bounds if bound is not None)])

@@ -68,14 +68,19 @@ async def until(reached: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
 
 @dataclass
 class Clock:
-    """Wall-clock seconds that a test may move."""
+    """Seconds that a test may move: ``offset_s`` lets time pass, ``leap_s`` sets the wall clock."""
 
     offset_s: float = 0.0
+    leap_s: float = 0.0
     base_s: float = 1_700_000_000.0
 
     def now_s(self) -> float:
         """Seconds since 1970."""
-        return self.base_s + self.offset_s
+        return self.base_s + self.offset_s + self.leap_s
+
+    def monotonic_s(self) -> float:
+        """Seconds that never leap."""
+        return asyncio.get_running_loop().time() + self.offset_s
 
 
 @dataclass
@@ -201,7 +206,7 @@ class KeyNetwork:
             around = Surroundings(
                 own_id=kme,
                 now_s=self.clock.now_s,
-                monotonic_s=asyncio.get_running_loop().time,
+                monotonic_s=self.clock.monotonic_s,
                 randomness=os.urandom,
                 alarms=site.alarms,
             )
