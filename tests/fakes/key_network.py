@@ -17,7 +17,7 @@ from mesh.core.policy import AccessTable
 from mesh.core.topology import build_graph, routes_for_pair
 from mesh.errors import MeshError, UnavailableError
 from mesh.node.keyplane import DeliveredKeys, KeyPlane
-from mesh.node.keyports import Incarnation, KeyPlaneConfig, Surroundings
+from mesh.node.keyports import Incarnation, KeyPlaneConfig, RoutePort, Surroundings
 from mesh.node.ports import LinkPlanePort
 from mesh.ops.alarms import Alarms
 from mesh.store.files import OsFiles
@@ -166,6 +166,7 @@ class KeyNetwork:
     ) -> None:
         self.root = root
         self.config = config
+        self.configs: dict[str, KeyPlaneConfig] = {}
         self.document = parse_document(document)
         self.wire = Wire([(link.a, link.b) for link in self.document.links], filled=filled)
         self.clock = Clock()
@@ -212,11 +213,11 @@ class KeyNetwork:
             )
             plane = KeyPlane(
                 around,
-                self.config,
+                self.configs.get(kme, self.config),
                 store=store,
                 links=self.links_of(kme, store, incarnation),
                 directory=site.documents,
-                routes=FixedRoutes(kme, site.documents),
+                routes=self.routes_of(kme),
                 peers=DirectPeers(self, kme),
                 incarnation=Incarnation(incarnation, store.is_proven_restart),
             )
@@ -232,6 +233,10 @@ class KeyNetwork:
         folder = shared / f"keymesh-test-{hashlib.sha256(str(self.root).encode()).hexdigest()[:16]}"
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
+
+    def routes_of(self, kme: str) -> RoutePort:
+        """The routes of a node: over the document alone."""
+        return FixedRoutes(kme, self.sites[kme].documents)
 
     def links_of(self, kme: str, store: Store, incarnation: bytes) -> LinkPlanePort:
         """The links of a node: of the fake wire."""

@@ -1,0 +1,108 @@
+"""Keys from one domain to another through both borders, at the nodes: no HTTP, real stores and seals."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from mesh.core.border_rules import BufferSpec
+from mesh.errors import CallerError, ErrorReason, MeshError
+from mesh.v1.border_pb2 import LeasedJob
+from tests.fakes.border_network import TwoDomains
+from tests.fakes.key_network import until
+
+
+@pytest.fixture
+async def domains(tmp_path: Path) -> AsyncIterator[TwoDomains]:
+    both = TwoDomains(tmp_path)
+    await both.start()
+    yield both
+    await both.stop()
+
+
+async def test_a_key_crosses_and_is_the_same_at_both_ends(domains: TwoDomains) -> None:
+    drawn = await domains.can.get("can-a", "uk-b", 3)
+    fetched = await domains.uk.redeem("uk-b", "can-a", [key_id for key_id, _ in drawn.keys])
+    assert fetched.keys == drawn.keys
+    assert domains.states("can-z") == {"out:relayed": 3}
+    assert domains.states("uk-x") == {"in:relayed": 3}
+    with pytest.raises(CallerError) as again:
+        await domains.uk.redeem("uk-b", "can-a", [drawn.keys[0][0]])
+    assert again.value.reason is ErrorReason.UNKNOWN_KEY
+
+
+async def test_another_sae_learns_nothing(domains: TwoDomains) -> None:
+    drawn = await domains.can.get("can-a", "uk-b")
+    with pytest.raises(MeshError) as refused:
+        await domains.uk.redeem("uk-b2", "can-a", [drawn.keys[0][0]])
+    assert refused.value.reason is ErrorReason.NOT_AUTHORIZED
+
+
+async def test_several_slaves_near_and_far(domains: TwoDomains) -> None:
+    drawn = await domains.can.get("can-a", "uk-b", 2, more=["uk-b2", "can-b", "uk-x1"])
+    ids = [key_id for key_id, _ in drawn.keys]
+    for slave in ("uk-b", "uk-b2", "uk-x1"):
+        assert (await domains.uk.redeem(slave, "can-a", ids)).keys == drawn.keys
+    assert (await domains.can.redeem("can-b", "can-a", ids)).keys == drawn.keys
+
+
+async def test_the_border_is_the_masters_home(domains: TwoDomains) -> None:
+    drawn = await domains.can.get("can-z1", "uk-x1", 2)
+    ids = [key_id for key_id, _ in drawn.keys]
+    assert (await domains.uk.redeem("uk-x1", "can-z1", ids)).keys == drawn.keys
+
+
+async def test_nothing_is_released_without_an_ack(domains: TwoDomains) -> None:
+    """The far end holds the keys, its ack never comes: the master gets none, both ends void them."""
+
+    async def lost(job: LeasedJob) -> int | None:
+        return 503
+
+    domains.meddle = lambda kme, job: lost(job) if kme == "uk-x" and job.HasField("post_acks") else None
+    with pytest.raises(MeshError):
+        await domains.can.get("can-a", "uk-b")
+    await until(lambda: set(domains.states("uk-x")) == {"in:voided"}, timeout_s=10)
+    domains.meddle = lambda *_: None
+    await until(lambda: set(domains.states("can-z")) == {"out:voided"}, timeout_s=10)
+
+
+async def test_buffered_keys_need_no_ocean(tmp_path: Path) -> None:
+    both = TwoDomains(tmp_path, buffers=[BufferSpec("can-a", "uk-b", 8, 32)])
+    await both.start()
+    try:
+        buffers = both.can.plane("can-x").foreign.buffers
+        await until(lambda: buffers.level("can-a", "uk-b") == 8)
+        await both.disconnect("can-z")
+        drawn = await both.can.get("can-a", "uk-b", 5)
+        ids = [key_id for key_id, _ in drawn.keys]
+        assert (await both.uk.redeem("uk-b", "can-a", ids)).keys == drawn.keys
+        both.connect("can-z")
+        await until(lambda: buffers.level("can-a", "uk-b") == 8)
+        await both.restart("can-x")
+        again = await both.can.get("can-a", "uk-b", 8)
+        assert not set(again.keys) & set(drawn.keys)
+        ids = [key_id for key_id, _ in again.keys]
+        assert (await both.uk.redeem("uk-b", "can-a", ids)).keys == again.keys
+    finally:
+        await both.stop()
+
+
+async def test_a_caller_that_leaves_leaves_no_key_behind(domains: TwoDomains) -> None:
+    held = asyncio.Event()
+
+    async def hold(job: LeasedJob) -> int | None:
+        await held.wait()
+        return 503
+
+    domains.meddle = lambda kme, job: hold(job) if kme == "uk-x" else None
+    asking = asyncio.create_task(domains.can.get("can-a", "uk-b"))
+    await until(lambda: domains.states("uk-x") == {"in:relayed": 1})
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    domains.meddle = lambda *_: None
+    held.set()
+    await until(lambda: domains.states("can-z") == {"out:voided": 1}, timeout_s=10)
+    await until(lambda: domains.states("uk-x") == {"in:voided": 1}, timeout_s=10)
