@@ -15,6 +15,7 @@ from uuid import UUID
 import grpc
 
 from mesh.client.batching import Batcher
+from mesh.client.border import BorderClient
 from mesh.client.results import DeliveredKey, DeliveredKeys, KeyStatus, ReserveLevel
 from mesh.client.stream import DeliveryStreams
 from mesh.errors import CallerError, MeshError, PeerError
@@ -48,6 +49,7 @@ class MeshClient:
         self._stub_channel: grpc.aio.Channel | None = None
         self._stub: keys_pb2_grpc.KeyDeliveryAsyncStub | None = None
         self._streams = DeliveryStreams(channel)
+        self.border = BorderClient(channel)
         self._get_keys: _GetKeys = Batcher(self._send_get_keys)
         self._get_keys_by_id: _GetKeysById = Batcher(self._send_get_keys_by_id)
 
