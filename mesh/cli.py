@@ -174,12 +174,22 @@ def _add_network(commands: Commands[argparse.ArgumentParser]) -> None:
     show.add_argument("--public", type=Path, metavar="FILE", help="operator's public key (PEM)")
     publish = _command(group, "publish", "put a signed document into the domain's etcd", _network_publish)
     publish.add_argument("document", type=Path, metavar="FILE")
-    publish.add_argument("--endpoint", action="append", required=True, metavar="HOST:PORT")
-    publish.add_argument("--ca", type=Path, required=True, metavar="FILE", help="etcd root (PEM)")
-    publish.add_argument("--cert", type=Path, metavar="FILE", help="client certificate (PEM)")
-    publish.add_argument("--key", type=Path, metavar="FILE", help="its key (PEM)")
+    _add_etcd(publish, needs_certificate=False)
     publish.add_argument("--username", help="etcd user that may write the document")
     publish.add_argument("--password-file", type=Path, metavar="FILE")
+    text = "make etcd users that come with a client certificate (CN: KME id), and turn authentication on"
+    users = _command(group, "users", text, _network_users)
+    users.add_argument("--domain", required=True, metavar="ID")
+    users.add_argument("--member", action="append", default=[], metavar="ID", help="KME id of a node or hub")
+    _add_etcd(users, needs_certificate=True)
+
+
+def _add_etcd(parser: argparse.ArgumentParser, *, needs_certificate: bool) -> None:
+    parser.add_argument("--endpoint", action="append", required=True, metavar="HOST:PORT")
+    parser.add_argument("--ca", type=Path, required=True, metavar="FILE", help="etcd root (PEM)")
+    text = "client certificate (PEM), CN root" if needs_certificate else "client certificate (PEM)"
+    parser.add_argument("--cert", type=Path, required=needs_certificate, metavar="FILE", help=text)
+    parser.add_argument("--key", type=Path, required=needs_certificate, metavar="FILE", help="its key (PEM)")
 
 
 def _network_keygen(arguments: argparse.Namespace) -> int:
@@ -216,6 +226,21 @@ def _network_publish(arguments: argparse.Namespace) -> int:
         password_file=arguments.password_file,
     )
     print(f"serial {serial} is in the directory; nodes take it up by themselves")
+    return 0
+
+
+def _network_users(arguments: argparse.Namespace) -> int:
+    from mesh.directory.tool import set_up_users
+
+    set_up_users(
+        arguments.domain,
+        arguments.member,
+        endpoints=arguments.endpoint,
+        ca=arguments.ca,
+        cert=arguments.cert,
+        key=arguments.key,
+    )
+    print(f"{len(arguments.member)} users may write their own entries; authentication is on")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The operator's side of the network document: make a key, sign, show, publish, list SAEs.
+"""The operator's side of the network document: make a key, sign, show, publish, list SAEs; etcd's users.
 
 What ``keymesh network`` and ``keymesh sae`` call. The private key is meant for a machine
 that is offline; nothing here sends it anywhere, and it is never written over.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mesh.core.names import check_domain_id, check_kme_id
 from mesh.core.network import NetworkDocument
 from mesh.core.network_parse import parse_document
 from mesh.directory import document as files
-from mesh.errors import ConfigError
+from mesh.errors import CallerError, ConfigError
 
 
 def generate_key(private_path: Path, public_path: Path) -> None:
@@ -129,6 +131,44 @@ def publish_file(
             return await publish_document(client, data)
 
     return asyncio.run(publish())
+
+
+def set_up_users(
+    domain: str, members: Sequence[str], *, endpoints: Sequence[str], ca: Path, cert: Path, key: Path
+) -> None:
+    """Gives each member an etcd user that may write its own entries, and turns authentication on.
+
+    Nobody learns the users' passwords: everyone comes with a client certificate whose CN is the
+    user, the caller with CN ``root``. May be repeated; users that exist keep what they have.
+
+    Args:
+        domain: whose entries.
+        members: KME ids of nodes and hubs.
+        endpoints: ``host:port`` of etcd's members.
+        ca, cert, key: PEM files.
+
+    Raises:
+        ConfigError: a name or a file is unusable.
+        MeshError: etcd is away or refuses.
+    """
+    # Here, because gRPC is slow to import and signing does not need it.
+    from mesh.directory.etcd import EtcdClient, EtcdTls  # noqa: PLC0415
+    from mesh.directory.etcd_setup import node_user, set_up_auth  # noqa: PLC0415
+
+    try:
+        check_domain_id(domain, "--domain")
+        for kme_id in members:
+            check_kme_id(kme_id, "--member")
+    except CallerError as error:
+        raise ConfigError(error.message, facts=error.facts) from error
+    tls = EtcdTls(_read(ca), _read(cert), _read(key))
+    users = [node_user(domain, kme_id, secrets.token_urlsafe(32)) for kme_id in members]
+
+    async def set_up() -> None:
+        async with EtcdClient(endpoints, tls=tls) as client:
+            await set_up_auth(client, root_password=secrets.token_urlsafe(32), users=users)
+
+    asyncio.run(set_up())
 
 
 def _document(data: bytes) -> NetworkDocument:
