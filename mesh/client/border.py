@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import grpc
@@ -16,7 +17,10 @@ from mesh.core.border_rules import AckStatus, Association, Problem
 from mesh.errors import CallerError, PeerError
 from mesh.rpc.status import REQUEST_ID_KEY, error_from_failure, error_from_rpc
 from mesh.v1 import border_pb2 as pb
-from mesh.v1.border_pb2_grpc import BorderAsyncStub, BorderStub
+from mesh.v1.border_pb2_grpc import BorderStub
+
+if TYPE_CHECKING:
+    from mesh.v1.border_pb2_grpc import BorderAsyncStub
 
 __all__ = [
     "Ack",
