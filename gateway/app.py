@@ -123,7 +123,7 @@ class Gateway:
                 fingerprint=caller.fingerprint, serial=caller.serial
             ),
             limits=limits,
-            telemetry=Telemetry(metrics),
+            telemetry=Telemetry(metrics, Etsi014.methods),
         )
         self._ops = OpsServer(metrics, self._readiness)
         self._listener: asyncio.Server | None = None

@@ -1,7 +1,7 @@
 """The HTTPS listener: connections, bounds, bytes in and bytes out.
 
-Owns aiohttp's low-level server, and what it would do differently from ETSI 014: every error leaves
-as an Error object, without HTML or traceback. The caller's identity is taken once from the
+Owns aiohttp's low-level server, and what it would do differently from the standards: every error leaves
+as the interface's own error object, without HTML or traceback. The caller's identity is taken once from the
 certificate that the handshake verified and kept with the connection; it is taken again when the
 mapping changes. An answer is one write: header and body in one TLS record, so that no timer of
 TCP can come between them.
@@ -16,6 +16,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Final, cast
@@ -24,8 +25,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from gateway.config import Limits
-from gateway.etsi014.errors import KEY_ACCESS_ERROR, HttpRefusal, answer_refusal
-from gateway.etsi014.routes import Answer, Etsi014, Request
+from gateway.exchange import Answer, Api, HttpRefusal, Request
 from gateway.identity import Caller
 from gateway.telemetry import Telemetry
 from mesh.client import NotAuthorizedError
@@ -39,7 +39,7 @@ _STATUS_LINES: Final[Mapping[int, str]] = {
 }
 _JSON: Final = "Content-Type: application/json\r\nCache-Control: no-store\r\nContent-Length: "
 _EMPTY: Final = "Cache-Control: no-store\r\nContent-Length: "
-_UNAUTHORIZED: Final = Answer(HTTPStatus.UNAUTHORIZED, b"", "other", "not-authorized")
+_INTERNAL: Final = HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "key data access error", reason="internal")
 
 
 class Reply(web.StreamResponse):
@@ -78,7 +78,7 @@ class Reply(web.StreamResponse):
 
 
 class Connection(RequestHandler):
-    """One TLS connection and the SAE at its other end."""
+    """One TLS connection and who is at its other end."""
 
     __slots__ = ("_generation", "_identity", "_is_refused", "_resumed", "_server")
 
@@ -128,10 +128,10 @@ class Connection(RequestHandler):
         return is_first
 
     def caller(self, identify: Identify, generation: int) -> Caller:
-        """The SAE of this connection, read once per mapping.
+        """Who is at the other end, read once per mapping.
 
         Raises:
-            NotAuthorizedError: the certificate stands for no SAE.
+            NotAuthorizedError: the certificate stands for nobody.
         """
         if self._generation == generation and self._identity is not None:
             return self._identity
@@ -153,23 +153,22 @@ class Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """What is no HTTP gets a 400 with an Error body, a fault of ours a 503; then the end."""
+        """What is no HTTP gets a 400 with an error body, a fault of ours a 503; then the end."""
         if status == HTTPStatus.BAD_REQUEST:
             refusal = HttpRefusal(status, "the request is not valid HTTP/1.1", reason="malformed-http")
         else:
             _LOG.error("request failed", exc_info=exc)
-            refusal = HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, KEY_ACCESS_ERROR, reason="internal")
-        out = answer_refusal(refusal)
-        answer = Answer(out.status, out.body, "other", out.reason, out.headers, close=True)
+            refusal = _INTERNAL
+        answer = replace(self._server.api.refused(refusal), close=True)
         return self._server.reply(answer, self, "", keep_alive=False, is_old=False, is_head=False)
 
 
 class RestServer:
-    """Serves ``Etsi014`` over HTTPS.
+    """Serves one interface over HTTPS.
 
     Args:
         api: what answers.
-        identify: from a verified certificate (DER) to an SAE; raises ``NotAuthorizedError``.
+        identify: from a verified certificate (DER) to a caller; raises ``NotAuthorizedError``.
         is_denied: whether a certificate was withdrawn since.
         limits: bounds of connections, requests, bodies and waits.
         telemetry: counts.
@@ -178,7 +177,7 @@ class RestServer:
 
     def __init__(
         self,
-        api: Etsi014,
+        api: Api,
         *,
         identify: Identify,
         is_denied: Callable[[Caller], bool],
@@ -186,7 +185,7 @@ class RestServer:
         telemetry: Telemetry,
         now_s: Callable[[], float] = time.time,
     ) -> None:
-        self._api = api
+        self.api = api
         self._identify = identify
         self._is_denied = is_denied
         self._limits = limits
@@ -248,12 +247,9 @@ class RestServer:
         self._in_flight += 1
         try:
             answer = await self._answer(http, connection, request_id)
-        except Exception:  # noqa: BLE001 - the last line of defence: an SAE gets a 503, the log the story
+        except Exception:  # noqa: BLE001 - the last line of defence: a caller gets a 503, the log the story
             _LOG.exception("request failed", extra={"request_id": request_id})
-            out = answer_refusal(
-                HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, KEY_ACCESS_ERROR, reason="internal")
-            )
-            answer = Answer(out.status, out.body, "other", out.reason, out.headers)
+            answer = self.api.refused(_INTERNAL)
         finally:
             self._in_flight -= 1
         self._telemetry.answered(answer.method, answer.status, answer.reason, time.perf_counter() - started)
@@ -272,19 +268,18 @@ class RestServer:
         except NotAuthorizedError as error:
             if connection.first_refusal():  # once per connection: a stranger must not fill the log
                 _LOG.warning("caller refused", extra={"cause": error.message, "request_id": request_id})
-            return _UNAUTHORIZED
+            return self.api.unauthorized
         if self._in_flight > self._limits.max_requests_in_flight:
             refusal = HttpRefusal(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many requests in flight", reason="busy", close=True
             )
-            out = answer_refusal(refusal)
-            return Answer(out.status, out.body, "other", out.reason, out.headers, out.close)
+            return self.api.refused(refusal)
         headers = http.headers
-        return await self._api.answer(
+        return await self.api.answer(
             Request(
                 http.method,
                 http.raw_path,
-                caller.sae_id,
+                caller.caller_id,
                 request_id,
                 headers.get("Content-Type", ""),
                 headers.get("Content-Encoding", ""),

@@ -105,6 +105,11 @@ class Caller:
     serial: str
     not_after_s: float
 
+    @property
+    def caller_id(self) -> str:
+        """Under which id it calls."""
+        return self.sae_id
+
 
 def read_certificate(der: bytes) -> CertificateFacts:
     """Take out of a certificate what mappings use.

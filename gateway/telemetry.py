@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
-from gateway.etsi014.routes import METHODS
 from mesh.ops.metrics import Metrics
 
 
@@ -21,9 +21,10 @@ class Telemetry:
 
     Args:
         metrics: registry of the process.
+        methods: the words for methods, of all interfaces together.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, methods: Iterable[str]) -> None:
         self._requests = metrics.counter("gateway_requests", "Requests answered.", ["method", "code"])
         self._seconds = metrics.histogram(
             "gateway_request_seconds", "From a request's header to its answer.", ["method"]
@@ -32,7 +33,7 @@ class Telemetry:
         self.connections = metrics.gauge("gateway_connections", "Open TLS connections.")
         self._counters: dict[tuple[str, int], _Increment] = {}
         self._histograms: dict[str, _Observe] = {
-            method: self._seconds.labels(method) for method in (*METHODS, "other")
+            method: self._seconds.labels(method) for method in (*methods, "other")
         }
 
     def answered(self, method: str, code: int, reason: str, seconds: float) -> None:

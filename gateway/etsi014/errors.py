@@ -8,13 +8,14 @@ an array of objects. Nothing here tells which of several key_IDs failed, or that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final
 
 import msgspec
 
+from gateway.exchange import Details, HttpRefusal
 from mesh.client import CallerError, ErrorReason, MeshError, ShortageError, UnavailableError
 
 # Clause 6: texts that clients compare literally.
@@ -27,8 +28,6 @@ KEY_ACCESS_ERROR: Final = "key data access error"
 DEFAULT_RETRY_AFTER_S: Final = 1
 MAX_RETRY_AFTER_S: Final = 3600
 
-Details = Sequence[Mapping[str, object]]
-
 _STATUS_OF_REASON: Final[Mapping[ErrorReason, int]] = {
     ErrorReason.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
     ErrorReason.LIMIT_EXCEEDED: HTTPStatus.BAD_REQUEST,
@@ -36,37 +35,6 @@ _STATUS_OF_REASON: Final[Mapping[ErrorReason, int]] = {
     ErrorReason.UNKNOWN_KEY: HTTPStatus.BAD_REQUEST,
     ErrorReason.NOT_AUTHORIZED: HTTPStatus.UNAUTHORIZED,
 }
-
-
-class HttpRefusal(Exception):  # noqa: N818 - it is a refusal, not a fault of ours
-    """A request that HTTP itself refuses, before any key rule is asked.
-
-    Args:
-        status: 400, 401, 404, 405, 413, 415 or 503.
-        message: for a person; names the member, header or path at fault.
-        reason: stable word for metrics and logs.
-        allow: the methods of a 405, for its ``Allow`` header.
-        details: name/value objects for the Error body.
-        close: True if the connection cannot go on, for instance with a body left unread.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        reason: str,
-        allow: str = "",
-        details: Details = (),
-        close: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.reason = reason
-        self.allow = allow
-        self.details = details
-        self.close = close
 
 
 @dataclass(frozen=True, slots=True)

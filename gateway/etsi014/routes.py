@@ -7,8 +7,7 @@ inside its segment. A trailing slash is accepted; nothing is ever redirected.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Final
 
@@ -16,7 +15,6 @@ from gateway.config import Profile
 from gateway.etsi014.errors import (
     MANDATORY_NOT_MET,
     MANDATORY_UNSUPPORTED,
-    HttpRefusal,
     answer_error,
     answer_refusal,
     refuse,
@@ -33,6 +31,7 @@ from gateway.etsi014.schema import (
     printable_name,
     refuse_body_parameters,
 )
+from gateway.exchange import Answer, HttpRefusal, Request
 from gateway.identity import is_sae_id
 from gateway.port import AuditTrail, KeyService
 from mesh.client import MeshError, NotAuthorizedError
@@ -49,41 +48,6 @@ _ALLOWED: Final[Mapping[str, tuple[str, ...]]] = {
 METHODS: Final = tuple(_ALLOWED)
 
 
-@dataclass(slots=True)
-class Request:
-    """One HTTP request of an identified SAE.
-
-    Attributes:
-        verb: the HTTP method.
-        target: raw request target, query included, nothing decoded.
-        caller: SAE ID from the certificate.
-        request_id: goes into every log line and RPC.
-        content_type: raw ``Content-Type`` header, empty if absent.
-        content_encoding: raw ``Content-Encoding`` header, empty if absent.
-        read_body: reads the bounded body; raises ``HttpRefusal`` 400, 413 or 503.
-    """
-
-    verb: str
-    target: str
-    caller: str
-    request_id: str
-    content_type: str
-    content_encoding: str
-    read_body: Callable[[], Awaitable[bytes]]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What goes out: ``method`` and ``reason`` are for metrics and logs only."""
-
-    status: int
-    body: bytes
-    method: str
-    reason: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    close: bool = False
-
-
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
@@ -96,6 +60,10 @@ class Etsi014:
         profile: switches away from the standard.
         timeout_s: deadline of each call to the service.
     """
+
+    methods = METHODS
+    # A 401 has no body.
+    unauthorized = Answer(HTTPStatus.UNAUTHORIZED, b"", "other", "not-authorized")
 
     def __init__(
         self,
@@ -124,12 +92,16 @@ class Etsi014:
             else:
                 body = await self._status(request, peer)
         except HttpRefusal as refusal:
-            out = answer_refusal(refusal)
-            return Answer(out.status, out.body, method, out.reason, out.headers, out.close)
+            return self.refused(refusal, method)
         except MeshError as error:
             out = answer_error(error, unknown_key_status=self._profile.unknown_key_status)
             return Answer(out.status, out.body, method, out.reason, out.headers)
         return Answer(HTTPStatus.OK, body, method, "", _NO_HEADERS)
+
+    def refused(self, refusal: HttpRefusal, method: str = "other") -> Answer:
+        """The answer for what HTTP itself refused."""
+        out = answer_refusal(refusal)
+        return Answer(out.status, out.body, method, out.reason, out.headers, out.close)
 
     async def _status(self, request: Request, slave: str) -> bytes:
         _refuse_own(request.caller, slave)
