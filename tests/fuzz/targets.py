@@ -27,8 +27,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from gateway.etsi014 import schema
-from gateway.exchange import HttpRefusal
 from gateway.etsi014.routes import METHODS, decode_sae_segment, split_target
+from gateway.exchange import HttpRefusal
 from gateway.identity import TableFile, read_certificate
 from gateway.settings import read_settings
 from mesh.core import blocks, frame, keyid, mac
