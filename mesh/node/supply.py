@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from mesh.core.policy import WaterMarks
 from mesh.core.reserve import slots_per_key
-from mesh.core.transfer import KEY_PART_BYTES, MAX_SLOT_COUNT, SLOT_BYTES
+from mesh.core.transfer import KEY_PART_BYTES, SLOT_BYTES
 from mesh.errors import ErrorReason, MeshError, ShortageError, UnavailableError
 from mesh.node.establish import Establisher
 from mesh.node.keyports import KeyPlaneConfig, Surroundings
@@ -29,7 +29,7 @@ _REFILL_EVERY_S = 1.0
 _MAX_PAUSE_S = 8.0
 _WAIT_FOR_REFILL_S = 0.15
 _RECENT_S = 3600.0
-_FORGET_LOSS_S = 60.0
+_FORGET_LOSS_S = 10.0
 _DOUBT_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 _LOG = logging.getLogger("keymesh.supply")
@@ -50,13 +50,13 @@ class _Batch:
 class _Refill:
     """The refill of one reserve.
 
-    Transfers double until one is lost or refused somewhere on its way; from half of that they grow
-    by a step each, so that what is lost while looking for the route's limit stays small.
+    Transfers double until one is lost or refused somewhere on its way; each loss halves them, and
+    until none was lost for a while they stay as they are. So a route that runs dry again and again
+    is probed with little, and one that was only cut for a moment is soon used in full.
     """
 
     water: WaterMarks
     bulk_slots: int = _FIRST_BULK_SLOTS
-    ceiling_slots: int = MAX_SLOT_COUNT
     lost_at_s: float = -_RECENT_S
     in_flight_slots: int = 0
     transfers: int = 0
@@ -68,16 +68,13 @@ class _Refill:
     def grown(self, now_s: float, at_most: int) -> None:
         """A transfer arrived."""
         if now_s - self.lost_at_s > _FORGET_LOSS_S:
-            self.ceiling_slots = MAX_SLOT_COUNT
-        step = self.bulk_slots if self.bulk_slots < self.ceiling_slots else _LEAST_BULK_SLOTS
-        self.bulk_slots = min(at_most, self.bulk_slots + step)
+            self.bulk_slots = min(at_most, 2 * self.bulk_slots)
         self.pause_s = 0.0
 
     def shrunk(self, slots: int, now_s: float, pause_s: float) -> None:
         """A transfer of that size was lost, or a share of it refused."""
         self.lost_at_s = now_s
         self.bulk_slots = max(_LEAST_BULK_SLOTS, min(self.bulk_slots, slots) // 2)
-        self.ceiling_slots = self.bulk_slots
         self.back_off(now_s, pause_s)
 
     def back_off(self, now_s: float, pause_s: float = 0.0) -> None:
