@@ -273,3 +273,24 @@ async def test_supply_while_everything_runs(tmp_path: Path) -> None:
         assert answer.role == "hub"
     finally:
         await network.stop()
+
+
+async def test_one_dead_hub_is_no_loss_two_are_a_shortage_that_mends_itself(ocean: HubNetwork) -> None:
+    await ocean.stop("hub-1")
+    async with asyncio.timeout(2):  # at once: k = 2 of the n = 3 routes are up
+        drawn = await ocean.draw("sae-a", "sae-b")
+    assert (await ocean.redeem("sae-b", "sae-a", drawn)).keys == drawn.keys
+    await ocean.stop("hub-2")
+    with pytest.raises(MeshError) as caught:
+        await ocean.draw("sae-a", "sae-b")
+    assert caught.value.reason in {
+        ErrorReason.GRADE_UNAVAILABLE,
+        ErrorReason.NO_ROUTE,
+        ErrorReason.DEADLINE_EXCEEDED,
+        ErrorReason.PEER_UNREACHABLE,
+        ErrorReason.OUT_OF_MATERIAL,
+    }
+    await ocean.start("hub-2")
+    await ocean.until_open("hub-2")
+    drawn = await ocean.draw("sae-a", "sae-b")
+    assert (await ocean.redeem("sae-b", "sae-a", drawn)).keys == drawn.keys
