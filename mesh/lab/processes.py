@@ -67,6 +67,11 @@ class Process(msgspec.Struct, forbid_unknown_fields=True):
         _reap(self.pid)
         return self.pid > 0 and self.boot == _boot_id() and 0 < _start_ticks(self.pid) == self.started
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was started."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.started / os.sysconf("SC_CLK_TCK")
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if it is still our process."""
         if self.is_running():

@@ -30,6 +30,7 @@ from mesh.lab.processes import Process, stop_all
 from mesh.lab.ready import encryptor
 from mesh.lab.state import LabDirectory, operator_targets
 from mesh.node.config import Reserves
+from mesh.node.publishing import INTERVAL_S
 from mesh.ops.yamltext import decode_yaml
 
 _KEY_BITS, _KEYS_PER_CALL = 65_536, 8
@@ -38,6 +39,7 @@ _ANSWER_S = 10.0
 """What cannot be met is refused within this time (contract)."""
 _NAMED_S = 30.0
 _RECOVER_S = 60.0
+_FRESH_S = 15.0
 _POLL_S = 0.3
 
 
@@ -113,22 +115,31 @@ class Stage:
         finally:
             restart_processes(self.directory, process_ids, self.progress)
 
+    def needed_stand_in(self) -> Path:
+        """The file to run in place of a hub.
+
+        Raises:
+            ConfigError: none was named.
+        """
+        if self.stand_in is None:
+            raise ConfigError("--stand-in: name the Python file that is to run in place of a hub")
+        return self.stand_in
+
     @contextmanager
     def replaced(self, hub: str) -> Iterator[None]:
         """Run the stand-in in a hub's place, on its data and with its certificate."""
-        if self.stand_in is None:
-            raise ConfigError("--stand-in: name the Python file that is to run in place of a hub")
+        stand_in = self.needed_stand_in()
         with self.directory.locked():
             processes = self.directory.read_processes()
             process = next(one for one in processes if one.id == hub)
             honest = process.argv
             stop_all([process])
-            process.argv = [sys.executable, str(self.stand_in.resolve()), "--config", honest[-1]]
+            process.argv = [sys.executable, str(stand_in.resolve()), "--config", honest[-1]]
             process.start()
             # What is written down is how to start it again; lab down finds the liar by its pid.
             process.argv = honest
             self.directory.write_processes(processes)
-        self.say(f"{self.stand_in.name} runs in place of {hub}, as {process.pid}")
+        self.say(f"{stand_in.name} runs in place of {hub}, as {process.pid}")
         try:
             yield
             process.check_running()
@@ -177,6 +188,11 @@ class Stage:
             IntegrityError: they differ.
             UnavailableError: they do not come in time.
         """
+        is_fresh = any(process.age_s < _FRESH_S for process in self.directory.read_processes())
+        self.wait_for_links()
+        if is_fresh:
+            # Everybody knows of a link that opened only when its ends have published their levels.
+            time.sleep(INTERVAL_S + 1)
         deadline_s = time.monotonic() + _RECOVER_S
         while True:
             try:
@@ -220,24 +236,22 @@ class Stage:
                 else:
                     return time.monotonic() - began_s
 
-    def expect_link_open(self, member: str) -> None:
-        """Wait until both ends have an open link with ``member``.
+    def wait_for_links(self) -> None:
+        """Wait until every link of both ends is open.
 
         Raises:
-            UnavailableError: they have not in time.
+            UnavailableError: one is not in time.
         """
         deadline_s = time.monotonic() + _RECOVER_S
-        for end in (self.master["node"], self.slave["node"]):
-            (target,) = operator_targets(self.directory.root, end)
-            while not self._is_open(target, member):
-                if time.monotonic() > deadline_s:
-                    raise UnavailableError(f"the link {end} -- {member} does not open")
-                time.sleep(_POLL_S)
+        while closed := [*self._closed_links(self.master["node"]), *self._closed_links(self.slave["node"])]:
+            if time.monotonic() > deadline_s:
+                raise UnavailableError(f"a link does not open: {closed[0]}")
+            time.sleep(_POLL_S)
 
-    @staticmethod
-    def _is_open(target: operator.OperatorTarget, member: str) -> bool:
+    def _closed_links(self, end: str) -> list[str]:
+        (target,) = operator_targets(self.directory.root, end)
         links = operator.as_plain(operator.ask(target, "links"))["links"]
-        return any(link["peer_kme_id"] == member and link["state"] == "open" for link in links)
+        return [f"{end} -- {link['peer_kme_id']}" for link in links if link["state"] != "open"]
 
     def expect_named(self, member: str, words: tuple[str, ...]) -> None:
         """Wait until an alarm or a log line of an end names ``member`` together with one of ``words``.
@@ -319,6 +333,7 @@ _SILENT = ("suspects", "culprits", "silent", "missing")
 def hub_killed(stage: Stage) -> None:
     """One hub is killed: keys still come, and it is named."""
     hub = stage.hubs[1]
+    stage.settle()
     with stage.broken([hub]):
         stage.exchange()
         stage.expect_named(hub, _SILENT)
@@ -327,8 +342,10 @@ def hub_killed(stage: Stage) -> None:
 def hub_liar(stage: Stage) -> None:
     """One hub lies: keys still come, none is wrong, and it is named."""
     hub = stage.hubs[0]
+    stage.needed_stand_in()
+    stage.settle()
     with stage.replaced(hub):
-        stage.expect_link_open(hub)
+        stage.wait_for_links()
         stage.exchange()
         stage.expect_named(hub, ("culprits", "suspects"))
 
@@ -336,6 +353,7 @@ def hub_liar(stage: Stage) -> None:
 def cut_link(stage: Stage) -> None:
     """One link is cut: keys still come, and the route is named."""
     relay, neighbour = stage.first_link()
+    stage.settle()
     with stage.broken([relay]):
         stage.exchange()
         stage.expect_named(neighbour, _SILENT)
@@ -344,6 +362,7 @@ def cut_link(stage: Stage) -> None:
 def hubs_dead(stage: Stage) -> None:
     """More hubs are dead than the grade can miss: 503 with a reason, and recovery without help."""
     dead = stage.hubs[: stage.grade.n - stage.grade.k + 1]
+    stage.settle()
     with stage.broken(dead):
         kept, refusal = stage.drain()
         stage.say(f"refused, with a reason: {refusal}")
@@ -372,6 +391,5 @@ def run_scenario(name: str, root: Path, progress: Progress, *, stand_in: Path | 
     stage = Stage(LabDirectory(root), progress, stand_in)
     scenario = SCENARIOS[name]
     stage.say(f"{name}: {scenario.__doc__}".splitlines()[0])
-    stage.settle()
     scenario(stage)
     stage.say(f"{name}: all as promised")
