@@ -85,6 +85,39 @@ class Limits(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     reload_poll_s: Seconds = 2.0
 
 
+class KeyManager(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A foreign key manager: ``kme_id`` and ``url`` as in the node's ``border.peers``.
+
+    Its certificate, as client and as server, is issued directly by one of those in ``ca`` and shows one of
+    ``names`` (a URI or DNS name, exactly), or has one of ``fingerprints`` (SHA-256 of the DER form).
+    ``server_name`` is what its server certificate is checked for, in place of the URL's host.
+    """
+
+    kme_id: str
+    url: Annotated[str, msgspec.Meta(pattern=r"^https://[^/?#@\s]+$", max_length=512)]
+    ca: str
+    names: list[str] = []
+    fingerprints: list[str] = []
+    server_name: str | None = None
+
+
+class Etsi020Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """The listener and the client of ETSI GS QKD 020: TLS 1.3 only, one certificate for both."""
+
+    listen: str
+    cert: str
+    key: str
+    peers: Annotated[list[KeyManager], msgspec.Meta(min_length=1, max_length=256)]
+    deny_list: str | None = None
+    max_body_bytes: PositiveInt = 1024 * 1024
+    # Answers to synchronous requests; 0 refuses them and leaves the capability out.
+    synchronous_wait_s: Annotated[float, msgspec.Meta(ge=0, le=300)] = 40.0
+    # Requests to peers at once, towards all of them.
+    max_jobs: Annotated[int, msgspec.Meta(ge=1, le=256)] = 64
+    # How often each peer is asked for its versions: keeps a connection warm. Below its idle time-out.
+    warm_every_s: Seconds = 10.0
+
+
 class LogSettings(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """Process log: level and an optional file (stderr otherwise)."""
 
@@ -105,6 +138,7 @@ class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     sae_mapping: MappingSettings = MappingSettings()
     profile: Profile = Profile()
     limits: Limits = Limits()
+    etsi020: Etsi020Settings | None = None
     log: LogSettings = LogSettings()
 
 

@@ -37,12 +37,19 @@ class TlsFiles:
         cert: own certificate, then intermediates.
         key: its private key, unencrypted.
         deny_list: see ``mesh.ops.denylist``; None refuses nobody.
+        more_ca: further roots.
     """
 
     ca: Path
     cert: Path
     key: Path
     deny_list: Path | None = None
+    more_ca: tuple[Path, ...] = ()
+
+    @property
+    def watched(self) -> list[Path]:
+        """What is loaded anew when it changes."""
+        return [self.ca, *self.more_ca, self.cert, self.key]
 
 
 def server_context(
@@ -90,7 +97,8 @@ def _prepare(context: ssl.SSLContext, files: TlsFiles, minimum: str, what: str) 
     context.options |= ssl.OP_NO_COMPRESSION
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     try:
-        context.load_verify_locations(cafile=str(files.ca))
+        for ca in (files.ca, *files.more_ca):
+            context.load_verify_locations(cafile=str(ca))
         context.load_cert_chain(str(files.cert), str(files.key))
     except (OSError, ssl.SSLError) as exc:
         raise ConfigError(
@@ -135,7 +143,7 @@ class ServerTls:
         self._expected = expected or Expectation(is_server=True)
         self._what = what
         self._expiry = expiry
-        self._watch = FileWatch([files.ca, files.cert, files.key], interval_s=interval_s)
+        self._watch = FileWatch(files.watched, interval_s=interval_s)
         self.context = self._current = self._build()
         self.context.sni_callback = self._on_handshake
 

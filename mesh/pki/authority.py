@@ -177,15 +177,16 @@ class Authority:
         return Credential(certificate, certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key))
 
 
-ROOTS = ("node", "sae", "gateway", "device", "etcd")
+ROOTS = ("node", "sae", "gateway", "border", "device", "etcd")
 
 
 class Pki:
     """The roots of one domain, and the profiles of what they issue.
 
     ``node`` signs nodes, hubs, gateways (as clients) and tools: the node plane;
-    ``sae`` the applications; ``gateway`` the REST servers; ``device`` both ends of a
-    QKD device's interface; ``etcd`` the directory's servers and clients.
+    ``sae`` the applications; ``gateway`` the REST servers; ``border`` this domain's key
+    managers towards other owners' (ETSI GS QKD 020); ``device`` both ends of a QKD
+    device's interface; ``etcd`` the directory's servers and clients.
 
     Args:
         domain: domain id.
@@ -280,6 +281,16 @@ class Pki:
             is_server=False,
             is_client=True,
             validity=validity,
+        )
+
+    def border(self, kme_id: str, *, hosts: Sequence[str] = LOCAL_HOSTS) -> Credential:
+        """A KME's certificate towards other owners' key managers, as server and as client."""
+        return self.roots["border"].issue(
+            _short(kme_id),
+            kind="border",
+            hosts=[f"{kme_id}.border.{self.domain}.keymesh.internal", *hosts],
+            is_server=True,
+            is_client=True,
         )
 
     def device_server(self, device_id: str, *, hosts: Sequence[str] = LOCAL_HOSTS) -> Credential:

@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         ("issue-gateway", "a gateway's two certificates: REST server, client of its node", _gateway),
         ("issue-tool", "a certificate for operators' tools", _tool),
         ("issue-sae", "an application's certificate", _sae),
+        ("issue-border", "a KME's certificate towards other owners' key managers", _border),
         ("issue-device", "a QKD device's server certificate", _device),
         ("issue-device-client", "a node's certificate towards its QKD device", _device_client),
         ("issue-etcd", "an etcd member's certificate", _etcd),
@@ -48,7 +49,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.add_argument("id", help="the id of its holder")
         _add_directory(command)
-        if issue in (_node, _hub, _gateway, _device, _etcd):
+        if issue in (_node, _hub, _gateway, _border, _device, _etcd):
             command.add_argument(
                 "--host", action="append", help="DNS name or address to be valid for; may be repeated"
             )
@@ -126,6 +127,10 @@ def _tool(pki: Pki, arguments: argparse.Namespace) -> dict[str, Credential]:
 
 def _sae(pki: Pki, arguments: argparse.Namespace) -> dict[str, Credential]:
     return {f"sae-{arguments.id}": pki.sae(arguments.id)}
+
+
+def _border(pki: Pki, arguments: argparse.Namespace) -> dict[str, Credential]:
+    return {f"border-{arguments.id}": pki.border(arguments.id, hosts=arguments.host or LOCAL_HOSTS)}
 
 
 def _device(pki: Pki, arguments: argparse.Namespace) -> dict[str, Credential]:
