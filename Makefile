@@ -9,6 +9,7 @@ NETWORK ?= metro
 PYTEST_WORKERS ?= 2
 DURATION ?= 60
 SEED ?= 1
+KILLS ?= 1
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -37,6 +38,11 @@ $(VENV)/.dev: $(VENV)/.lab requirements/dev.txt
 $(VENV)/.fuzz: $(VENV)/.dev requirements/fuzz.txt
 	@echo "installing what fuzzing needs (locked, with hashes)"
 	@$(PIP) install --require-hashes -r requirements/fuzz.txt
+	@touch $@
+
+$(VENV)/.containers: $(VENV)/.dev requirements/containers.txt
+	@echo "installing what the container tests need (locked, with hashes)"
+	@$(PIP) install --require-hashes -r requirements/containers.txt
 	@touch $@
 
 .PHONY: setup
@@ -99,12 +105,20 @@ check: $(VENV)/.dev check-generated ## Generated code, format, lint, types, impo
 	@$(BIN)/pytest -q -n $(PYTEST_WORKERS) tests/unit
 
 .PHONY: test
-test: $(VENV)/.dev ## Every test there is (10 minutes at most)
-	@$(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile tests
+test: $(VENV)/.dev ## Every test that needs no container engine (10 minutes at most)
+	@$(BIN)/pytest -q -n $(PYTEST_WORKERS) --dist loadfile --ignore tests/containers tests
 
 .PHONY: helm-test
 helm-test: $(VENV)/.dev ## Lint, render, validate and question the Helm chart; needs no cluster
 	@$(BIN)/pytest -q -n $(PYTEST_WORKERS) tests/helm
+
+.PHONY: image
+image: $(VENV)/.base ## Build the container image (IMAGE=keymesh BASE_IMAGE= PLATFORM=)
+	@PYTHON=$(BIN)/python docker/image.sh
+
+.PHONY: test-containers
+test-containers: $(VENV)/.containers ## Try the image: a mesh in containers, networks cut, processes killed
+	@$(BIN)/pytest -q tests/containers
 
 .PHONY: fuzz
 fuzz: $(VENV)/.fuzz ## Fuzz every parser, SECONDS each (default 60; FUZZ=name for one of them)
@@ -114,8 +128,8 @@ fuzz: $(VENV)/.fuzz ## Fuzz every parser, SECONDS each (default 60; FUZZ=name fo
 	    { tail -n 40 build/fuzz/$$target.log; exit 1; }; tail -n 1 build/fuzz/$$target.log; done
 
 .PHONY: torture
-torture: $(VENV)/.lab ## Kill processes at random under checked traffic, then audit (DURATION=seconds SEED=n)
-	@$(BIN)/python -m tests.torture --duration $(DURATION) --seed $(SEED)
+torture: $(VENV)/.lab ## Kill processes at random under checked traffic, then audit (DURATION=seconds SEED=n KILLS=at-least)
+	@$(BIN)/python -m tests.torture --duration $(DURATION) --seed $(SEED) --kills $(KILLS)
 
 .PHONY: bench
 bench: $(VENV)/.lab ## Measure against the goals (build/bench/result.json)

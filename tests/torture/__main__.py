@@ -2,7 +2,8 @@
 
 Writes ``build/torture/result.json`` and ends with status 1 on any violation. The seed decides the
 plan of kills and what is asked; moments depend on the machine. The lab's directory stays for
-looking at.
+looking at. With ``--kills N``, runs of that duration follow each other, seed by seed, until there
+were N kills in all or one run was violated; the result sums them up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import shutil
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +56,8 @@ class Run:
         self._log.write(f"{time.monotonic() - self._began_s:8.2f} {text}\n")
         self._log.flush()
 
-    def run(self) -> bool:
-        """Run all of it; whether nothing was violated."""
+    def run(self) -> None:
+        """Run all of it; ``result`` says whether anything was violated."""
         under_test = self._under_test
         try:
             high_water_bytes = random.Random(f"{self._seed}/reserves").choice(RESERVES)
@@ -72,7 +75,6 @@ class Run:
             under_test.down()
             self._log.close()
         self._judge(history, killer, seen, healed=healed, heal_s=took_s, alarms=alarms)
-        return bool(self.result["ok"])
 
     def _heal(self, lab: dict[str, Any], history: History) -> tuple[bool, float]:
         """Everything runs again: the network must heal by itself and give out what it promised."""
@@ -148,20 +150,39 @@ class Run:
             "notes": [*history.notes, *pads.notes[:20], *alarms, *(f"key bytes in {name}" for name in leaks)],
         }
 
-    def report(self) -> str:
-        """The line that sums up; written to the result file as a side."""
-        result = self.result
-        text = json.dumps(result, indent=2) + "\n"
-        (self._folder / "result.json").write_text(text, encoding="utf-8")
-        for note in result["notes"]:
-            print(f"torture: {note}")
-        words = ("reused", "lost", "differing", "doubled", "leaked", "wrong", "indeterminate")
-        return (
-            f"torture: {'ok' if result['ok'] else 'VIOLATED'}: seed {result['seed']}, "
-            f"{result['kills']} kills, {result['requests']} requests, "
-            f"{result['fetched']} keys fetched and compared; "
-            + ", ".join(f"{result[word]} {word}" for word in words)
-        )
+
+def report(result: dict[str, Any]) -> str:
+    """The line that sums up."""
+    words = ("reused", "lost", "differing", "doubled", "leaked", "wrong", "indeterminate")
+    return (
+        f"torture: {'ok' if result['ok'] else 'VIOLATED'}: seed {result['seed']}, "
+        f"{result['kills']} kills, {result['requests']} requests, "
+        f"{result['fetched']} keys fetched and compared; "
+        + ", ".join(f"{result[word]} {word}" for word in words)
+    )
+
+
+def total(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs as one: numbers added, the slowest of each, notes with their seed."""
+    first, *rest = results
+    summed = dict(first)
+    for one in rest:
+        for name, value in one.items():
+            if name in ("slowest_s", "heal_s"):
+                summed[name] = max(summed[name], value)
+            elif isinstance(value, dict):
+                summed[name] = dict(Counter(summed[name]) + Counter(value))
+            elif isinstance(value, bool):
+                summed[name] = summed[name] and value
+            elif name not in ("seed", "notes"):
+                summed[name] += value
+    summed["notes"] = [f"seed {one['seed']}: {note}" for one in results for note in one["notes"]]
+    return summed | {"runs": [report(one) for one in results]}
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """``result.json``, as docs promise it."""
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -169,17 +190,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="torture", description=__doc__)
     parser.add_argument("--duration", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=1, metavar="N", help="go on with more runs until then")
     parser.add_argument("--out", type=Path, default=Path("build/torture"), metavar="DIR")
     arguments = parser.parse_args()
     folder = arguments.out.resolve()
-    if (folder / "lab" / "lab.json").exists():
-        LabUnderTest(folder / "lab").down()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    run = Run(folder, arguments.duration, arguments.seed)
-    is_clean = run.run()
-    print(run.report())
-    return 0 if is_clean else 1
+    results: list[dict[str, Any]] = []
+    while not results or (results[-1]["ok"] and sum(one["kills"] for one in results) < arguments.kills):
+        if (folder / "lab" / "lab.json").exists():
+            LabUnderTest(folder / "lab").down()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        run = Run(folder, arguments.duration, arguments.seed + len(results))
+        run.run()
+        results.append(run.result)
+        result = results[0] if len(results) == 1 else total(results)
+        write_result(folder, result)
+        for note in run.result["notes"]:
+            print(f"torture: {note}")
+        print(report(run.result), flush=True)
+    if len(results) > 1:
+        print(report(result))
+    return 0 if result["ok"] else 1
 
 
 if __name__ == "__main__":

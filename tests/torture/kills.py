@@ -21,8 +21,14 @@ from tests.torture.lab import LabUnderTest, is_alive, pid_of, processes
 
 KINDS = {"nodes": 6, "gateways": 2, "devices": 1, "etcd": 1}
 """How often a kind is chosen, in parts."""
-COUNTS = (1, 2, 3, 5, 8, 13, 21, 50, 120)
-"""At which passage of a failpoint a process kills itself."""
+COUNTS = {
+    "commit": (1, 2, 3, 5, 8, 13, 21, 50, 120),
+    "proof": (1, 2, 3, 5, 8, 13, 21, 50),
+    "pads.remove": (1,),
+}
+"""At which passage of a failpoint, by the beginning of its name, a process kills itself."""
+RARE_COUNTS = (1, 2, 3)
+"""At which passage of all others: a node passes them about once a second."""
 FAILPOINT_WAIT_S = 6.0
 
 
@@ -46,6 +52,7 @@ class Round:
 def plan_rounds(lab: Mapping[str, Any], seed: int) -> Iterator[Round]:
     """An endless plan; the same seed and lab give the same one."""
     rng = random.Random(f"{seed}/kills")
+    failpoints = _failpoints(rng)
     groups = processes(lab)
     kinds = [kind for kind in KINDS if groups[kind]]
     weights = [KINDS[kind] for kind in kinds]
@@ -56,8 +63,16 @@ def plan_rounds(lab: Mapping[str, Any], seed: int) -> Iterator[Round]:
             victims.append(rng.choice(groups[kind]))
         chosen = tuple(dict.fromkeys(victims))
         arms = chosen[0] in groups["nodes"] and rng.random() < 0.6
-        failpoint = f"{rng.choice(sorted(ALL))}:{rng.choice(COUNTS)}" if arms else ""
-        yield Round(rng.uniform(0.2, 3.0), chosen, rng.choice((0.0, rng.uniform(0.0, 4.0))), failpoint)
+        failpoint = next(failpoints) if arms else ""
+        yield Round(rng.uniform(0.2, 2.0), chosen, rng.choice((0.0, rng.uniform(0.0, 3.0))), failpoint)
+
+
+def _failpoints(rng: random.Random) -> Iterator[str]:
+    """Each failpoint as often as the others, ``name:count``."""
+    while True:
+        for name in rng.sample(sorted(ALL), len(ALL)):
+            counts = next((some for start, some in COUNTS.items() if name.startswith(start)), RARE_COUNTS)
+            yield f"{name}:{rng.choice(counts)}"
 
 
 class Killer:

@@ -7,12 +7,15 @@ import itertools
 import json
 import random
 import uuid
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mesh.core.keyid import KeyAddress, issue
 from mesh.core.ranges import Range
+from mesh.store.failpoints import ALL
+from tests.torture.__main__ import total
 from tests.torture.client import Key
 from tests.torture.history import Fate, Fetchable, History
 from tests.torture.kills import plan_rounds
@@ -196,3 +199,31 @@ def test_the_plan_of_kills_is_the_seeds() -> None:
     }
     assert all(one.victims[0].startswith("kme") for one in first if one.failpoint)
     assert any(one.failpoint for one in first)
+
+
+def test_the_plan_comes_to_every_failpoint_equally_often() -> None:
+    armed = [one.failpoint for one in itertools.islice(plan_rounds(LAB, 3), 400) if one.failpoint]
+    counts = Counter(name for name, _, _ in (one.partition(":") for one in armed))
+    assert set(counts) == ALL
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_several_runs_add_up_and_one_violation_shows() -> None:
+    one = {"seed": 1, "kills": 30, "ok": True, "slowest_s": 2.0, "kills_by": {"kme-a": 30}, "notes": []}
+    two = one | {"seed": 2, "ok": False, "slowest_s": 9.0, "kills_by": {"gw-a": 30}, "notes": ["lost: x"]}
+    words = (
+        "requests",
+        "fetched",
+        "reused",
+        "lost",
+        "differing",
+        "doubled",
+        "leaked",
+        "wrong",
+        "indeterminate",
+    )
+    summed = total([one | dict.fromkeys(words, 0), two | dict.fromkeys(words, 1)])
+    assert (summed["kills"], summed["lost"], summed["ok"], summed["slowest_s"]) == (60, 1, False, 9.0)
+    assert summed["kills_by"] == {"kme-a": 30, "gw-a": 30}
+    assert summed["notes"] == ["seed 2: lost: x"]
+    assert "VIOLATED: seed 2" in summed["runs"][1]
