@@ -22,6 +22,7 @@ from gateway.port import KeyService
 from gateway.telemetry import Telemetry
 from mesh.client import ConfigError
 from mesh.ops.audit import AuditLog, AuditValue
+from mesh.ops.certificate_expiry import CertificateExpiry, expiry_gauge
 from mesh.ops.denylist import DenyList
 from mesh.ops.http import OpsServer, split_host_port
 from mesh.ops.metrics import Metrics
@@ -103,12 +104,18 @@ class Gateway:
         table = config.sae_mapping.table_file
         self._table_watch = FileWatch([base / table] if table else [], interval_s=0)
         self._deny_list = DenyList(base / tls.deny_list if tls.deny_list else None)
-        expiry = metrics.gauge("certificate_expiry_seconds", "End of the certificate.", ["use"])
         self._tls = ServerTls(
             TlsFiles(ca=base / tls.ca, cert=base / tls.cert, key=base / tls.key),
             minimum=tls.min_version,
-            expiry=expiry.labels("rest"),
+            expiry=expiry_gauge(metrics).labels("rest"),
         )
+        towards_node = config.node_tls
+        self._certificates = CertificateExpiry(
+            metrics,
+            shown={"node": base / towards_node.cert},
+            roots={"node-root": base / towards_node.ca, "rest-root": base / tls.ca},
+        )
+        self._ready = metrics.gauge("ready", "1 while the process can do its work.")
         self._audit_log = AuditLog(base / config.audit_log)
         self._api = Etsi014(
             service,
@@ -198,5 +205,7 @@ class Gateway:
         while True:
             await asyncio.sleep(self._config.limits.reload_poll_s)
             self._tls.reload_if_changed()
+            self._certificates.sample()
+            self._ready.set(not self._readiness())
             if self._table_watch.changed():
                 self.reload()

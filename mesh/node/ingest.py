@@ -36,6 +36,7 @@ from mesh.node.disk import DiskGuard
 from mesh.node.lanes import AnyEnd
 from mesh.sources.port import DeviceKey, KeySource
 from mesh.store.tables import BlockRow, BlockState, ExtentRow, ExtentState, Tables
+from mesh.v1.admin_pb2 import DeviceStatus
 from mesh.v1.link_pb2 import BlockAnswer, BlockOffer
 
 if TYPE_CHECKING:
@@ -116,6 +117,19 @@ class Ingest:
     def device_state(self) -> str:
         """How the last conversation with the device went; "none" without one."""
         return "none" if self.source is None else self.source.state
+
+    @property
+    def device_status(self) -> DeviceStatus | None:
+        """What the device said of itself lately; None if it said nothing."""
+        report = None if self.source is None else self.source.report
+        if report is None:
+            return None
+        return DeviceStatus(
+            stored_bytes=report.stored_bytes,
+            capacity_bytes=report.capacity_bytes,
+            secret_key_rate_bits_per_s=report.secret_key_rate_bits_per_s,
+            qber=report.qber,
+        )
 
     def wake(self) -> None:
         """Something changed that ingest waits for."""

@@ -34,6 +34,9 @@ class KeyMetrics:
         self.established_bytes = metrics.counter(
             "established_key_bytes", "Key bytes established as source.", ["grade"]
         )
+        self.keys_refused = metrics.counter(
+            "keys_refused", "Calls for keys that failed; method is draw or redeem.", ["method", "reason"]
+        )
         self.routes_named = metrics.counter(
             "routes_named",
             "Times a route, by the nodes between its ends, lied, was suspected or stayed silent.",

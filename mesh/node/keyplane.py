@@ -454,7 +454,7 @@ class KeyPlane:
                 if result is None:
                     waiting.append((len(results), admitted))
             except MeshError as exc:
-                result = exc
+                result = self._refused("draw", exc)
             results.append(result)
         if waiting:
             outcomes = await asyncio.gather(*(self._deliver(admitted) for _, admitted in waiting))
@@ -511,12 +511,17 @@ class KeyPlane:
                         request_id=request.request_id,
                     )
         except MeshError as exc:
-            return exc
+            return self._refused("draw", exc)
         except TimeoutError:
-            return ShortageError(
+            late = ShortageError(
                 "keys could not be had in time", reason=ErrorReason.DEADLINE_EXCEEDED, retry_after_s=1.0
             )
+            return self._refused("draw", late)
         return DeliveredKeys(keys, grade)
+
+    def _refused(self, method: str, error: MeshError) -> MeshError:
+        self._around.metrics.keys_refused.labels(method, error.reason.value).inc()
+        return error
 
     async def get_keys_by_id(self, requests: Sequence[KeyByIdRequest]) -> list[Delivered]:
         """Keys for slaves by ID: one result per request, in order; all share one durable commit."""
@@ -542,11 +547,12 @@ class KeyPlane:
             async with asyncio.timeout(self._config.request_timeout_s):
                 keys, grade = await self.redeemer.redeem(document, slave, master, request.key_ids)
         except MeshError as exc:
-            return exc
+            return self._refused("redeem", exc)
         except TimeoutError:
-            return ShortageError(
+            late = ShortageError(
                 "the disk did not answer in time", reason=ErrorReason.DEADLINE_EXCEEDED, retry_after_s=1.0
             )
+            return self._refused("redeem", late)
         return DeliveredKeys(keys, grade)
 
     # levels

@@ -217,6 +217,7 @@ class Link:
         self.streams: list[LinkStream] = []
         self.refusal: MeshError | None = None
         self.last_error = ""
+        self.times_opened = 0
         self.blocked_until_s = 0.0
         self._failures = FailureBudget()
         self._failed_openings = 0
@@ -365,6 +366,7 @@ class Link:
                 usable=tx.usable_bytes,
                 reported=tx.reported,
                 window=tx.limits.window_bytes,
+                capacity=tx.limits.pool_bytes,
             ),
             receive=LaneStatus(
                 epoch=rx.epoch,
@@ -373,12 +375,15 @@ class Link:
                 filled=rx.filled,
                 usable=rx.usable_bytes,
                 window=rx.limits.window_bytes,
+                capacity=rx.limits.pool_bytes,
             ),
             failed_tags=self._failures.total,
             quarantined_blocks=self.ingest.quarantined_blocks,
             ingest_bytes_per_s=self.ingest.bytes_per_s,
             last_error=self.last_error,
             device_state=self.ingest.device_state,
+            times_opened=self.times_opened,
+            device=self.ingest.device_status,
         )
 
     @property
@@ -681,6 +686,7 @@ class Link:
         if self.stream is not stream:
             return
         self.was_open = True
+        self.times_opened += 1
         self.opened_at_s = self._around.now_s()
         self._failed_openings = 0
         self.last_error = ""

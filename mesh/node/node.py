@@ -47,10 +47,11 @@ from mesh.node.services.keys import KeyDeliveryService
 from mesh.node.services.link import LinkService, add_link_service
 from mesh.node.services.peer import PeerService
 from mesh.node.tasks import Background
-from mesh.node.telemetry import Telemetry, certificate_expiry_s, missing_for_service
+from mesh.node.telemetry import Telemetry, missing_for_service
 from mesh.node.transport import DialledTransport
 from mesh.ops.alarms import Alarms
 from mesh.ops.audit import AuditLog
+from mesh.ops.certificate_expiry import CertificateExpiry, certificate_expiry_s
 from mesh.ops.http import OpsServer, split_host_port
 from mesh.ops.logging import setup_logging
 from mesh.ops.metrics import Metrics
@@ -172,6 +173,21 @@ def key_plane_config(config: NodeConfig) -> KeyPlaneConfig:
             for pair in config.foreign_buffers
         ),
     )
+
+
+def certificate_files(config: NodeConfig) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The certificates that a node shows, and the roots that it trusts, by use."""
+    shown, roots = {"node": Path(config.tls.cert)}, {"node-root": Path(config.tls.ca)}
+    etcd = config.directory.etcd
+    if etcd is not None:
+        roots["etcd-root"] = Path(etcd.ca)
+        if etcd.cert is not None:
+            shown["etcd"] = Path(etcd.cert)
+    for link in config.links:
+        if link.device is not None:
+            shown[f"device-{link.peer}"] = Path(link.device.cert)
+            roots[f"device-{link.peer}-root"] = Path(link.device.ca)
+    return shown, roots
 
 
 def border_config(config: NodeConfig) -> BorderConfig | None:
@@ -300,7 +316,17 @@ class Node:
         self.publisher.check_copy()
         await self.server.start(config.listen.grpc)
         self.tasks.spawn(self.publisher.run())
-        self.tasks.spawn(self._sample(Path(config.tls.cert)))
+        self.telemetry = Telemetry(
+            self.metrics,
+            links=self.links,
+            plane=self._key_plane(),
+            directory=self.directory,
+            psrd=self.psrd,
+            certificates=CertificateExpiry(self.metrics, *certificate_files(config)),
+            data_dir=Path(config.data_dir),
+            missing=self.missing,
+        )
+        self.tasks.spawn(self._sample())
         if config.access_file is not None:
             self.tasks.spawn(self._follow_access(Path(config.access_file)))
         await self._start_ops(stack)
@@ -395,6 +421,7 @@ class Node:
             audit = AuditLog(Path(config.audit_log))
             stack.callback(audit.close)
         self.server = RpcServer(self.identity, files, metrics=self.metrics)
+        self.psrd = PsrdDesk(self.links.links, self.tasks.spawn)
         plane = self._key_plane()
         if plane is not None:
             self.server.add(
@@ -420,7 +447,7 @@ class Node:
             AdminService(
                 plane=plane,
                 links=self.links,
-                psrd=PsrdDesk(self.links.links, self.tasks.spawn),
+                psrd=self.psrd,
                 alarms=self.alarms,
                 node_status=self.status,
             ),
@@ -435,12 +462,9 @@ class Node:
 
     # -- background -----------------------------------------------------------------------
 
-    async def _sample(self, cert: Path) -> None:
-        telemetry = Telemetry(
-            self.metrics, links=self.links, plane=self._key_plane(), directory=self.directory, cert=cert
-        )
+    async def _sample(self) -> None:
         while True:
-            telemetry.sample()
+            self.telemetry.sample()
             await asyncio.sleep(_SAMPLE_EVERY_S)
 
     async def _follow_access(self, path: Path) -> None:

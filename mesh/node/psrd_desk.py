@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
@@ -215,8 +216,8 @@ def _level(gauge: Gauge) -> PsrdLevel:
     return PsrdLevel(
         usable_bytes=gauge.usable_bytes,
         waiting_bytes=gauge.waiting_bytes,
-        bytes_per_s=gauge.bytes_per_s,
-        seconds_to_empty=gauge.seconds_to_empty,
+        bytes_per_s=gauge.use.bytes_per_s,
+        seconds_to_empty=-1.0 if math.isinf(gauge.seconds_to_empty) else gauge.seconds_to_empty,
         low_water_bytes=gauge.low_water_bytes,
         is_low=gauge.is_low,
     )

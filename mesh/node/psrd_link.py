@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mesh.core.lane import ReaderLane, WriterLane
@@ -18,15 +18,15 @@ from mesh.core.sizes import format_size
 from mesh.errors import MeshError, PeerError, UnavailableError
 from mesh.node.ingest import Decided, Ingest, IngestSettings
 from mesh.node.psrd import PsrdTables
+from mesh.node.userate import UseRate
 
 if TYPE_CHECKING:
     from mesh.node.link import Link
     from mesh.node.link_stream import LinkStream
 
 _LOG = logging.getLogger("keymesh.psrd")
-#: How often levels are looked at, and after how long a use counts half in the rate.
+#: How often levels are looked at.
 WATCH_EVERY_S = 5.0
-_HALF_LIFE_S = 60.0
 #: Low water, where none is configured: this part of the last table.
 _LOW_PART = 8
 
@@ -38,30 +38,24 @@ class Gauge:
     Attributes:
         usable_bytes: left at or past the position.
         waiting_bytes: issued, and the client is not known to have it.
-        bytes_per_s: smoothed rate of use.
+        use: smoothed rate of use.
         low_water_bytes: below it the alarm is raised.
     """
 
     usable_bytes: int = 0
     waiting_bytes: int = 0
-    bytes_per_s: float = 0.0
+    use: UseRate = field(default_factory=UseRate)
     low_water_bytes: int = 0
-    _position: int | None = None
 
     def look(self, lane: WriterLane | ReaderLane, seconds: float) -> None:
         """Take the lane's present level; ``seconds`` since the last look."""
         self.usable_bytes = lane.usable_bytes
-        if self._position is None or lane.position < self._position:
-            self._position = lane.position
-        elif seconds > 0:
-            rate = (lane.position - self._position) / seconds
-            self.bytes_per_s += (1 - 2 ** (-seconds / _HALF_LIFE_S)) * (rate - self.bytes_per_s)
-            self._position = lane.position
+        self.use.look(lane.position, seconds)
 
     @property
     def seconds_to_empty(self) -> float:
-        """At the present rate; -1 when nothing is used."""
-        return self.usable_bytes / self.bytes_per_s if self.bytes_per_s >= 1 else -1.0
+        """At the present rate; infinity when nothing is used."""
+        return self.use.seconds_to_empty(self.usable_bytes)
 
     @property
     def is_low(self) -> bool:

@@ -82,6 +82,8 @@ class Redeemer:
         self._store = store
         self._reserves = reserves
         self._lifetime_s = lifetime_s
+        #: Keys redeemed since the start, by the KME that shares them (our own: of the key store).
+        self.redeemed: dict[str, int] = {}
         self._wrong: dict[tuple[str, str], int] = {}
         self._wrong_day = -1
 
@@ -212,6 +214,8 @@ class Redeemer:
             await asyncio.shield(committed)
         except CallerError as exc:
             raise _unknown() from exc
+        source = taken[0].book.source if taken else self._around.own_id
+        self.redeemed[source] = self.redeemed.get(source, 0) + len(key_ids)
         grades = [one.book.grade for one in addressed.values()] + [row.grade for row in stored.values()]
         return [(key_id, values[index]) for index, key_id in enumerate(key_ids)], grades[0]
 

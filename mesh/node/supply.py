@@ -108,6 +108,8 @@ class Supply:
         self._planned: Planned = {}
         self._doubted: set[str] = set()
         self.prefilled: frozenset[str] = frozenset()
+        #: Keys drawn towards each peer since the start, and their bytes: for metrics.
+        self.drawn: dict[str, tuple[int, int]] = {}
 
     # drawing
 
@@ -117,8 +119,11 @@ class Supply:
         if book is None:
             return None
         keys = book.try_draw(number, size_bytes, master, slave, self._around.now_s())
-        if keys is not None and book.level_bytes < self._config.low_water_bytes:
-            self._kick.set()
+        if keys is not None:
+            count, nbytes = self.drawn.get(peer, (0, 0))
+            self.drawn[peer] = count + number, nbytes + number * size_bytes
+            if book.level_bytes < self._config.low_water_bytes:
+                self._kick.set()
         return keys
 
     async def draw(

@@ -7,7 +7,7 @@ stranger can multiply without bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from prometheus_client import (
@@ -20,6 +20,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.metrics import MetricWrapperBase
+
+from mesh import __version__
 
 LATENCY_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _M = TypeVar("_M", bound=MetricWrapperBase)
@@ -35,6 +37,9 @@ class Metrics:
     def __init__(self, *, with_process: bool = True) -> None:
         self.registry = CollectorRegistry()
         self._known: dict[str, MetricWrapperBase] = {}
+        self.gauge("build_info", "1; the label says which release runs.", ["version"]).labels(
+            __version__
+        ).set(1)
         if with_process:
             ProcessCollector(registry=self.registry)
             PlatformCollector(registry=self.registry)
@@ -78,3 +83,39 @@ class Metrics:
         if not isinstance(known, kind):
             raise TypeError(f"{full} is already a {type(known).__name__.lower()}")
         return known
+
+
+class Levels:
+    """Gauges whose label values come and go: what a round does not name is taken off.
+
+    Args:
+        gauges: with the same labels, in the order of a round's values.
+    """
+
+    def __init__(self, *gauges: Gauge) -> None:
+        self._gauges = gauges
+        self._shown: set[tuple[str, ...]] = set()
+
+    def show(self, values: Mapping[tuple[str, ...], Sequence[float]]) -> None:
+        """One round: label values to a value for each gauge."""
+        for labels in self._shown - values.keys():
+            for gauge in self._gauges:
+                gauge.remove(*labels)
+        for labels, row in values.items():
+            for gauge, value in zip(self._gauges, row, strict=True):
+                gauge.labels(*labels).set(value)
+        self._shown = set(values)
+
+
+class Followed:
+    """A counter that follows a count kept elsewhere; one that fell began anew."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._before: dict[tuple[str, ...], int] = {}
+
+    def follow(self, count: int, *labels: str) -> None:
+        """The count is now so high."""
+        before = self._before.get(labels, 0)
+        self._counter.labels(*labels).inc(count - before if count >= before else count)
+        self._before[labels] = count

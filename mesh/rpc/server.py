@@ -101,6 +101,7 @@ class RpcServer:
         metrics = metrics or Metrics(with_process=False)
         self._refused = metrics.counter("rpc_refused", "Calls refused before a service.", ["method"])
         self._failed = metrics.counter("rpc_failed", "Calls that failed.", ["method", "reason"])
+        self._seconds = metrics.histogram("rpc_seconds", "Calls of one answer, served.", ["method"])
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self._health)
 
     def add(self, register: Callable[[Any, Any], None], servicer: object) -> None:
@@ -173,12 +174,15 @@ class RpcServer:
 
     def _add(self, service: str, handlers: _Handlers) -> None:
         self._services.append(service)
-        guarded = {
-            name: _guard(handler, self.admission(f"/{service}/{name}"), self._refusal(f"/{service}/{name}"))
-            for name, handler in handlers.items()
-        }
+        guarded = {name: self._guard(handler, f"/{service}/{name}") for name, handler in handlers.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, guarded),))
         self._server.add_registered_method_handlers(service, guarded)
+
+    def _guard(
+        self, handler: grpc.RpcMethodHandler[Any, Any], method: str
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        observe = None if handler.response_streaming else self._seconds.labels(method).observe
+        return _guard(handler, self.admission(method), self._refusal(method), observe)
 
     def admission(self, method: str) -> _Admit:
         """The check of who calls ``method``; long streams ask it again for each message.
@@ -229,9 +233,15 @@ class _Registrar:
 
 
 def _guard(
-    handler: grpc.RpcMethodHandler[Any, Any], admit: _Admit, refuse: _Refuse
+    handler: grpc.RpcMethodHandler[Any, Any],
+    admit: _Admit,
+    refuse: _Refuse,
+    observe: Callable[[float], None] | None,
 ) -> grpc.RpcMethodHandler[Any, Any]:
-    """Wraps a method once, at registration, so that a call pays for no chain of interceptors."""
+    """Wraps a method once, at registration, so that a call pays for no chain of interceptors.
+
+    ``observe`` takes the seconds of a call; None for methods whose calls last as long as a stream does.
+    """
     behaviour = cast(
         "Callable[[Any, _Context], Any]",
         handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream,
@@ -241,6 +251,8 @@ def _guard(
         guarded = _guarded_stream(behaviour, admit, refuse)
     else:
         guarded = _guarded_call(behaviour, admit, refuse)
+        if observe is not None:
+            guarded = _timed(guarded, observe)
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -263,6 +275,19 @@ def _guarded_call(
             await refuse(context, exc)
 
     return guarded
+
+
+def _timed(
+    guarded: Callable[[Any, _Context], Awaitable[Any]], observe: Callable[[float], None]
+) -> Callable[[Any, _Context], Awaitable[Any]]:
+    async def timed(request: Any, context: _Context) -> Any:
+        began_s = time.perf_counter()
+        try:
+            return await guarded(request, context)
+        finally:
+            observe(time.perf_counter() - began_s)
+
+    return timed
 
 
 def _guarded_stream(

@@ -9,10 +9,11 @@ then, not one per poll.
 
 from __future__ import annotations
 
+import math
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
@@ -21,12 +22,13 @@ import msgspec
 
 from mesh.core.secret import Secret
 from mesh.errors import CallerError, ErrorReason, PeerError, UnavailableError
-from mesh.sources.port import DeviceKey, SourceState
+from mesh.sources.port import DeviceKey, DeviceReport, SourceState
 
 _MAX_BODY = 4 << 20
 _BACKOFF_FIRST_S = 0.25
 _BACKOFF_LAST_S = 15.0
 _MAX_CALLS_PER_TAKE = 64
+_REPORT_LIFE_S = 60.0
 _LOST_MESSAGES = ("not found", "unknown key")
 
 
@@ -36,6 +38,9 @@ class _Status(msgspec.Struct):
     max_key_per_request: Annotated[int, msgspec.Meta(ge=1)]
     max_key_size: Annotated[int, msgspec.Meta(ge=8)]
     min_key_size: Annotated[int, msgspec.Meta(ge=1)]
+    max_key_count: Annotated[int, msgspec.Meta(ge=0)] = 0
+    # Vendors' own words (V1.1.1 clause 6.1); what is not understood says nothing.
+    status_extension: Any = None
 
 
 class _Key(msgspec.Struct):
@@ -109,11 +114,26 @@ class Etsi014Device:
         self._backoff_s = 0.0
         self._retry_at_s = 0.0
         self._limits: _Status | None = None
+        self._asked_at_s = 0.0
 
     @property
     def state(self) -> str:
         """A ``SourceState`` value."""
         return self._state.value
+
+    @property
+    def report(self) -> DeviceReport | None:
+        """What the device said of itself within the last minute; None if it said nothing."""
+        status = self._limits
+        if status is None or self._now_s() - self._asked_at_s > _REPORT_LIFE_S:
+            return None
+        told = status.status_extension if isinstance(status.status_extension, dict) else {}
+        return DeviceReport(
+            stored_bytes=_level(status),
+            capacity_bytes=status.max_key_count * status.key_size // 8,
+            secret_key_rate_bits_per_s=_number(told.get("keymesh_secret_key_rate_bps")),
+            qber=_number(told.get("keymesh_qber")),
+        )
 
     async def close(self) -> None:
         """Close the connection; further calls raise."""
@@ -169,6 +189,7 @@ class Etsi014Device:
 
     async def _status(self) -> _Status:
         self._limits = await self._call("GET", "status", None, _Status)
+        self._asked_at_s = self._now_s()
         return self._limits
 
     async def _keys(self, method: str, body: object) -> list[DeviceKey]:
@@ -264,6 +285,13 @@ class Etsi014Device:
 
 def _level(status: _Status) -> int:
     return status.stored_key_count * status.key_size // 8
+
+
+def _number(value: object) -> float | None:
+    """A number from outside, if it is one; a flag is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        return None
+    return float(value)
 
 
 def connect(

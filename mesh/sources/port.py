@@ -39,12 +39,33 @@ class DeviceKey:
     value: Secret
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What a device says of itself; sizes in bytes.
+
+    Attributes:
+        stored_bytes: key that it holds ready.
+        capacity_bytes: most that it can hold; what it makes beyond that is lost; 0 if it does not tell.
+        secret_key_rate_bits_per_s, qber: None from devices that do not tell.
+    """
+
+    stored_bytes: int
+    capacity_bytes: int
+    secret_key_rate_bits_per_s: float | None = None
+    qber: float | None = None
+
+
 class KeySource(Protocol):
     """One end of a device pair."""
 
     @property
     def state(self) -> str:
         """A ``SourceState`` value, for status pages and metrics."""
+        ...
+
+    @property
+    def report(self) -> DeviceReport | None:
+        """What the device said of itself lately; None if it said nothing."""
         ...
 
     async def take(self, max_bytes: int) -> list[DeviceKey]:

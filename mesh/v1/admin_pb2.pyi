@@ -117,6 +117,7 @@ class LaneStatus(_message.Message):
     USABLE_FIELD_NUMBER: _builtins.int
     REPORTED_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     position: _builtins.int
     """All in bytes."""
@@ -126,6 +127,8 @@ class LaneStatus(_message.Message):
     reported: _builtins.int
     """As last reported by the reader (outbound lanes only)."""
     window: _builtins.int
+    capacity: _builtins.int
+    """Most unused material that is held."""
     def __init__(
         self,
         *,
@@ -136,14 +139,54 @@ class LaneStatus(_message.Message):
         usable: _builtins.int = ...,
         reported: _builtins.int = ...,
         window: _builtins.int = ...,
+        capacity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "filled", b"filled", "mark", b"mark", "position", b"position", "reported", b"reported", "usable", b"usable", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "epoch", b"epoch", "filled", b"filled", "mark", b"mark", "position", b"position", "reported", b"reported", "usable", b"usable", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LaneStatus: _TypeAlias = LaneStatus  # noqa: Y015
+
+@_typing.final
+class DeviceStatus(_message.Message):
+    """What a link's own QKD device last said of itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORED_BYTES_FIELD_NUMBER: _builtins.int
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    SECRET_KEY_RATE_BITS_PER_S_FIELD_NUMBER: _builtins.int
+    QBER_FIELD_NUMBER: _builtins.int
+    stored_bytes: _builtins.int
+    """Key that it holds ready, and the most that it can; what it makes beyond is lost there."""
+    capacity_bytes: _builtins.int
+    secret_key_rate_bits_per_s: _builtins.float
+    """Only from devices that tell."""
+    qber: _builtins.float
+    def __init__(
+        self,
+        *,
+        stored_bytes: _builtins.int = ...,
+        capacity_bytes: _builtins.int = ...,
+        secret_key_rate_bits_per_s: _builtins.float | None = ...,
+        qber: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_qber", b"_qber", "_secret_key_rate_bits_per_s", b"_secret_key_rate_bits_per_s", "qber", b"qber", "secret_key_rate_bits_per_s", b"secret_key_rate_bits_per_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_qber", b"_qber", "_secret_key_rate_bits_per_s", b"_secret_key_rate_bits_per_s", "capacity_bytes", b"capacity_bytes", "qber", b"qber", "secret_key_rate_bits_per_s", b"secret_key_rate_bits_per_s", "stored_bytes", b"stored_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__qber: _TypeAlias = _typing.Literal["qber"]  # noqa: Y015
+    _WhichOneofArgType__qber: _TypeAlias = _typing.Literal["_qber", b"_qber"]  # noqa: Y015
+    _WhichOneofReturnType__secret_key_rate_bits_per_s: _TypeAlias = _typing.Literal["secret_key_rate_bits_per_s"]  # noqa: Y015
+    _WhichOneofArgType__secret_key_rate_bits_per_s: _TypeAlias = _typing.Literal["_secret_key_rate_bits_per_s", b"_secret_key_rate_bits_per_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__qber) -> _WhichOneofReturnType__qber | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__secret_key_rate_bits_per_s) -> _WhichOneofReturnType__secret_key_rate_bits_per_s | None: ...
+
+Global___DeviceStatus: _TypeAlias = DeviceStatus  # noqa: Y015
 
 @_typing.final
 class LinkStatus(_message.Message):
@@ -158,6 +201,8 @@ class LinkStatus(_message.Message):
     INGEST_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     LAST_ERROR_FIELD_NUMBER: _builtins.int
     DEVICE_STATE_FIELD_NUMBER: _builtins.int
+    TIMES_OPENED_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     peer_kme_id: _builtins.str
     state: _builtins.str
     """"open", "opening", "closed", "refused"."""
@@ -166,10 +211,16 @@ class LinkStatus(_message.Message):
     ingest_bytes_per_s: _builtins.float
     last_error: _builtins.str
     device_state: _builtins.str
+    times_opened: _builtins.int
+    """Since the start of the process."""
     @_builtins.property
     def transmit(self) -> Global___LaneStatus: ...
     @_builtins.property
     def receive(self) -> Global___LaneStatus: ...
+    @_builtins.property
+    def device(self) -> Global___DeviceStatus:
+        """Absent where no device spoke lately."""
+
     def __init__(
         self,
         *,
@@ -182,10 +233,12 @@ class LinkStatus(_message.Message):
         ingest_bytes_per_s: _builtins.float = ...,
         last_error: _builtins.str = ...,
         device_state: _builtins.str = ...,
+        times_opened: _builtins.int = ...,
+        device: Global___DeviceStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["receive", b"receive", "transmit", b"transmit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "receive", b"receive", "transmit", b"transmit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_state", b"device_state", "failed_tags", b"failed_tags", "ingest_bytes_per_s", b"ingest_bytes_per_s", "last_error", b"last_error", "peer_kme_id", b"peer_kme_id", "quarantined_blocks", b"quarantined_blocks", "receive", b"receive", "state", b"state", "transmit", b"transmit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_state", b"device_state", "failed_tags", b"failed_tags", "ingest_bytes_per_s", b"ingest_bytes_per_s", "last_error", b"last_error", "peer_kme_id", b"peer_kme_id", "quarantined_blocks", b"quarantined_blocks", "receive", b"receive", "state", b"state", "times_opened", b"times_opened", "transmit", b"transmit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

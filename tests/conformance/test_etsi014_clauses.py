@@ -888,6 +888,6 @@ def test_fault_health_and_metrics_show_no_key_facts(stack: Stack) -> None:
     for name in (
         b'keymesh_gateway_requests_total{code="200",method="enc_keys"}',
         b"keymesh_gateway_request_seconds_bucket",
-        b"keymesh_certificate_expiry_seconds",
+        b"keymesh_certificate_expiry_timestamp_seconds",
     ):
         assert name in pages

@@ -23,7 +23,7 @@ from mesh.node.link import Link
 from mesh.node.links import LinkConfig, LinkPlane
 from mesh.node.transport import Transport
 from mesh.ops.alarms import Alarms
-from mesh.sources.port import DeviceKey
+from mesh.sources.port import DeviceKey, DeviceReport
 from mesh.store.files import OsFiles
 from mesh.store.store import Store
 from mesh.v1.link_pb2 import ShareItem
@@ -67,6 +67,10 @@ class DeviceEnd:
 
     async def level_bytes(self) -> int:
         return self._pair.budget_bytes
+
+    @property
+    def report(self) -> DeviceReport:
+        return DeviceReport(self._pair.budget_bytes, capacity_bytes=1 << 20, qber=0.02)
 
     async def close(self) -> None:
         return

@@ -131,6 +131,24 @@ async def test_both_ends_get_the_same_keys(ends: tuple[Etsi014Device, Etsi014Dev
     assert await b.level_bytes() == INITIAL_BYTES - 256 * 1024
 
 
+async def test_a_device_tells_of_itself_and_what_it_told_gets_old(
+    ends: tuple[Etsi014Device, Etsi014Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, _ = ends
+    assert [a.report] == [None]
+    await a.level_bytes()
+    report = a.report
+    assert report is not None
+    assert (report.stored_bytes, report.secret_key_rate_bits_per_s, report.qber) == (INITIAL_BYTES, 0.0, 0.02)
+    assert report.capacity_bytes >= INITIAL_BYTES
+    for word in ("0.03", True, float("nan"), -1):
+        monkeypatch.setattr(a._limits, "status_extension", {"keymesh_qber": word})
+        assert a.report is not None
+        assert a.report.qber is None
+    monkeypatch.setattr(a, "_now_s", lambda: time.monotonic() + 61)
+    assert [a.report] == [None]
+
+
 async def test_several_calls_fill_a_take_larger_than_one_request(
     ends: tuple[Etsi014Device, Etsi014Device],
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -423,12 +424,12 @@ async def test_levels_rates_and_the_low_water_alarm(one: CourierPair) -> None:
     ingest = fed(one.hub)
     ingest.look()
     assert ingest.transmit.low_water_bytes == TABLE // 8
-    assert ingest.transmit.seconds_to_empty == -1
+    assert ingest.transmit.seconds_to_empty == math.inf
     assert not one.hub.alarms.is_open("psrd/kme-a/low")
     while levels(one.hub)[0] > 6000:
         await send_share(one.hub, bytes(3000))
     ingest.look()
-    assert ingest.transmit.bytes_per_s > 0
+    assert ingest.transmit.use.bytes_per_s > 0
     assert 0 < ingest.transmit.seconds_to_empty < 1e6
     assert one.hub.alarms.is_open("psrd/kme-a/low")
     path = await one.issue("two.psrd")
