@@ -255,7 +255,13 @@ def _add_sae(commands: Commands[argparse.ArgumentParser]) -> None:
 def _sae_list(arguments: argparse.Namespace) -> int:
     from mesh.directory.tool import list_saes
 
-    print(list_saes(arguments.document or arguments.lab / "network" / "document.signed"))
+    if arguments.document is not None:
+        print(list_saes(arguments.document))
+        return 0
+    from mesh.lab.state import LabDirectory
+
+    for domain in LabDirectory(arguments.lab).read_lab()["domains"]:
+        print(list_saes(Path(domain["document"])))
     return 0
 
 
@@ -392,13 +398,13 @@ def _lab_up(arguments: argparse.Namespace) -> int:
     import signal
 
     from mesh.lab.control import Progress, hold_lab, start_lab
-    from mesh.lab.networks import load_network
+    from mesh.lab.networks import load_lab
 
     progress = Progress()
     # Stop what was started also when told to stop half-way, and when a shell had SIGINT ignored.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
-    directory = start_lab(load_network(arguments.network), arguments.dir, progress)
+    directory = start_lab(load_lab(arguments.network), arguments.dir, progress)
     if not arguments.detach:
         hold_lab(directory, progress)
     return 0

@@ -11,7 +11,7 @@ from mesh.directory.document import is_signed
 from mesh.directory.tool import list_saes
 from mesh.errors import ConfigError
 from mesh.hub.config import load_hub_config
-from mesh.lab.networks import load_network
+from mesh.lab.networks import load_lab
 from mesh.node.config import load_node_config
 from mesh.ops.yamltext import decode_yaml
 
@@ -24,7 +24,8 @@ _KINDS: tuple[tuple[str, str, _Check], ...] = (
     ("kme_id", "node configuration", load_node_config),
     ("hub_id", "hub configuration", load_hub_config),
     ("format", "network document (unsigned)", list_saes),
-    ("nodes", "lab network", lambda path: load_network(str(path))),
+    ("nodes", "lab network", lambda path: load_lab(str(path))),
+    ("domains", "lab network", lambda path: load_lab(str(path))),
 )
 """A field that only this kind has at its top, its name, and what reads it."""
 

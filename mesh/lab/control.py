@@ -22,7 +22,7 @@ from mesh.errors import CallerError, ErrorReason
 from mesh.lab.couriers import supply_links
 from mesh.lab.domain import prepare_domain, prepare_etcd
 from mesh.lab.ground import clear_directory
-from mesh.lab.networks import Network
+from mesh.lab.networks import Lab
 from mesh.lab.plan import LabPlan, Planner
 from mesh.lab.processes import stop_all
 from mesh.lab.ready import DeliveryCheck, missing_health, wait_until
@@ -63,7 +63,7 @@ class Progress:
         self._stream.flush()
 
 
-def start_lab(network: Network, root: Path, progress: Progress) -> LabDirectory:
+def start_lab(lab: Lab, root: Path, progress: Progress) -> LabDirectory:
     """Start a network and wait until every gateway can deliver.
 
     Returns:
@@ -76,19 +76,21 @@ def start_lab(network: Network, root: Path, progress: Progress) -> LabDirectory:
     clear_directory(directory)
     with directory.locked():
         began_s = time.monotonic()
-        plan = Planner(network, directory).write()
-        prepare_domain(plan)
+        plan = Planner(lab, directory).write()
+        for domain in plan.domains:
+            prepare_domain(domain)
         progress.done(f"files of {len(plan.processes)} processes written to {directory.root}")
         try:
-            if carried := supply_links(network, directory, deadline_s=began_s + START_TIMEOUT_S):
+            deadline_s = began_s + START_TIMEOUT_S
+            if carried := sum(supply_links(one, directory, deadline_s=deadline_s) for one in lab.domains):
                 progress.done(f"couriers brought {format_size(carried)} of pre-shared random data")
-            _start_all(plan, progress, began_s + START_TIMEOUT_S)
+            _start_all(plan, progress, deadline_s)
         except BaseException:
             stop_all(plan.processes)
             directory.write_processes(plan.processes)
             directory.remove_proofs()
             raise
-    progress.done(f"{network.name} delivers: {directory.lab_file}")
+    progress.done(f"{lab.name} delivers: {directory.lab_file}")
     return directory
 
 
@@ -103,8 +105,8 @@ def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
         directory.write_processes(plan.processes)
 
     start("etcd", "device", "relay")
-    asyncio.run(prepare_etcd(plan, deadline_s=deadline_s))
-    progress.done(f"etcd ({len(plan.members)}) holds the signed network document")
+    asyncio.run(_prepare_directories(plan, deadline_s))
+    progress.done(f"etcd ({len(plan.of_kind('etcd'))}) holds the signed network documents")
     start("hub", "node", "gateway")
     devices = {entry["id"]: entry["control"].removeprefix("http://") for entry in lab["devices"]}
     for what, path, places in (
@@ -115,10 +117,18 @@ def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
         _wait(lambda p=places, q=path: missing_health(p, q), plan, progress, deadline_s)  # type: ignore[misc]
         if places:
             progress.done(f"{len(places)} {what} up")
-    reserves = plan.network.reserves
-    wanted_keys = 1 if reserves.prefill and reserves.high_water_bytes > 0 else 0
-    _wait(DeliveryCheck(lab, wanted_keys=wanted_keys).missing, plan, progress, deadline_s)
+    reserves = [domain.network.reserves for domain in plan.domains]
+    is_filled = all(one.prefill and one.high_water_bytes > 0 for one in reserves)
+    _wait(DeliveryCheck(lab, wanted_keys=int(is_filled)).missing, plan, progress, deadline_s)
     directory.write_lab(lab)
+
+
+async def _prepare_directories(plan: LabPlan, deadline_s: float) -> None:
+    async with asyncio.TaskGroup() as group:
+        for domain in plan.domains:
+            ids = {member.id for member in domain.members}
+            processes = [process for process in plan.of_kind("etcd") if process.id in ids]
+            group.create_task(prepare_etcd(domain, processes, deadline_s=deadline_s))
 
 
 def _wait(check: Callable[[], str], plan: LabPlan, progress: Progress, deadline_s: float) -> None:

@@ -21,7 +21,7 @@ from mesh.errors import ErrorReason, IntegrityError, MeshError
 from mesh.lab.control import Progress, restart_processes, rewrite_config, start_lab, stop_lab
 from mesh.lab.encryptor import Encryptor, FetchedKey, RefusedError
 from mesh.lab.measure import Stopwatch, Summary, summarise
-from mesh.lab.networks import Network, load_network
+from mesh.lab.networks import Lab, Network, load_network
 from mesh.lab.picture import Bar, draw_bars
 from mesh.lab.ready import DeliveryCheck, encryptor, wait_until
 from mesh.lab.state import LabDirectory
@@ -70,7 +70,7 @@ class Demo:
             reserves=Reserves(high_water_bytes=0, prefill=False),
             links=[msgspec.structs.replace(link, initial_bytes=DEVICE_BYTES) for link in self._network.links],
         )
-        directory = start_lab(empty, lab_root, self._progress)
+        directory = start_lab(Lab.of(empty), lab_root, self._progress)
         try:
             lab = directory.read_lab()
             with (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from mesh.directory.document import encode_body, load_private_key
@@ -13,37 +14,39 @@ from mesh.directory.etcd_directory import publish_document
 from mesh.directory.etcd_setup import node_user, set_up_auth
 from mesh.directory.tool import generate_key, sign_source
 from mesh.errors import UnavailableError
-from mesh.lab.plan import LabPlan
+from mesh.lab.plan import DomainPlan
+from mesh.lab.processes import Process
 from mesh.pki.authority import write_file
 
 _POLL_S = 0.1
 
 
-def prepare_domain(plan: LabPlan) -> None:
+def prepare_domain(plan: DomainPlan) -> None:
     """Make the operator's key, the signed network document, and the passwords of etcd's users."""
-    folder = plan.directory.network
+    folder = plan.folder.network
     private = folder / "operator.pem"
     generate_key(private, folder / "operator.pub.pem")
     signed = sign_source(encode_body(plan.network.document_source()), load_private_key(private.read_bytes()))
     write_file(folder / "document.signed", signed, mode=0o644)
     for user in ("root", *plan.network.members):
-        write_file(plan.directory.password_file(user), secrets.token_urlsafe(24).encode(), mode=0o600)
+        write_file(plan.folder.password_file(user), secrets.token_urlsafe(24).encode(), mode=0o600)
 
 
-async def prepare_etcd(plan: LabPlan, *, deadline_s: float) -> None:
+async def prepare_etcd(plan: DomainPlan, processes: Sequence[Process], *, deadline_s: float) -> None:
     """Wait for etcd, turn authentication on, publish the document.
 
     Args:
-        plan: the lab, its etcd members started.
+        plan: the domain, its etcd members started.
+        processes: etcd's, which must keep running.
         deadline_s: on the monotonic clock.
 
     Raises:
         MeshError: etcd did not come up or refuses.
     """
-    etcd = plan.lab["etcd"]
+    etcd = plan.etcd
     tls, passwords, document = _secrets(plan)
     async with EtcdClient(etcd["endpoints"], tls=tls) as client:
-        await _wait_for_members(plan, client, deadline_s)
+        await _wait_for_members(processes, client, deadline_s)
         domain = plan.network.domain
         users = [node_user(domain, kme_id, passwords[kme_id]) for kme_id in plan.network.members]
         await set_up_auth(client, root_password=passwords["root"], users=users)
@@ -52,20 +55,20 @@ async def prepare_etcd(plan: LabPlan, *, deadline_s: float) -> None:
         await publish_document(client, document)
 
 
-def _secrets(plan: LabPlan) -> tuple[EtcdTls, dict[str, str], bytes]:
+def _secrets(plan: DomainPlan) -> tuple[EtcdTls, dict[str, str], bytes]:
     """Root's certificate at etcd, all users' passwords, the signed document."""
-    etcd = plan.lab["etcd"]
+    etcd = plan.etcd
     tls = EtcdTls(*(Path(etcd[name]).read_bytes() for name in ("ca", "cert", "key")))
     passwords = {
-        user: plan.directory.password_file(user).read_text(encoding="ascii")
+        user: plan.folder.password_file(user).read_text(encoding="ascii")
         for user in ("root", *plan.network.members)
     }
-    return tls, passwords, (plan.directory.network / "document.signed").read_bytes()
+    return tls, passwords, (plan.folder.network / "document.signed").read_bytes()
 
 
-async def _wait_for_members(plan: LabPlan, client: EtcdClient, deadline_s: float) -> None:
+async def _wait_for_members(processes: Sequence[Process], client: EtcdClient, deadline_s: float) -> None:
     while True:
-        for process in plan.of_kind("etcd"):
+        for process in processes:
             process.check_running()
         try:
             # Linearizable: answered only once the cluster has a leader.

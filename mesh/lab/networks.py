@@ -1,8 +1,9 @@
 """Network files: what a lab is made of, as YAML that users write.
 
 Owns the shape of those files and what must hold within one. What decides over keys
-(homes, neighbours, grades) is translated into the network document and checked there,
-so that a lab cannot run what an operator could not sign. Must not start anything.
+(homes, neighbours, grades, foreign prefixes) is translated into the network document and
+checked there, so that a lab cannot run what an operator could not sign. A file describes one
+domain, or several key managers that meet at borders. Must not start anything.
 
 Sizes are bytes, rates bit/s, delays milliseconds one way.
 """
@@ -10,6 +11,8 @@ Sizes are bytes, rates bit/s, delays milliseconds one way.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +24,7 @@ from mesh.core.network_parse import FORMAT, parse_document
 from mesh.core.psrd import MIN_DIRECTION_BYTES
 from mesh.core.sizes import parse_size
 from mesh.errors import CallerError, ConfigError
-from mesh.node.config import Limits, Quota, Reserves
+from mesh.node.config import BufferedPair, Limits, Quota, Reserves
 from mesh.ops.yamltext import decode_yaml
 
 _Id = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -117,8 +120,23 @@ class EtcdSpec(_Section, frozen=True, kw_only=True):
     members: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
 
 
+class ForeignSpec(_Section, frozen=True, kw_only=True):
+    """SAEs of another domain: their ids' prefix, our border towards them, and whom it meets there.
+
+    Attributes:
+        border: a node of this domain, with a gateway.
+        peer: a border node of another domain of the same file; it names this border as its peer.
+        domain: where those SAEs live, which may lie behind the peer's own domain.
+    """
+
+    prefix: _SaeId
+    border: _Id
+    peer: _Id
+    domain: _Id
+
+
 class Network(_Section, frozen=True, kw_only=True):
-    """A whole network file.
+    """One domain: a whole network file, or one of several in it.
 
     ``pad_audit`` lets every node record each pad range that it uses (never bytes), for audits.
     """
@@ -134,6 +152,13 @@ class Network(_Section, frozen=True, kw_only=True):
     limits: Limits = Limits()
     quota: Quota = Quota()
     pad_audit: bool = False
+    foreign: Annotated[list[ForeignSpec], msgspec.Meta(max_length=64)] = []
+    foreign_buffers: Annotated[list[BufferedPair], msgspec.Meta(max_length=64)] = []
+
+    @property
+    def borders(self) -> list[str]:
+        """Ids of the nodes that meet other domains."""
+        return [node.id for node in self.nodes if any(one.border == node.id for one in self.foreign)]
 
     @property
     def members(self) -> list[str]:
@@ -151,9 +176,9 @@ class Network(_Section, frozen=True, kw_only=True):
         return next((end for end in link.between if end in hubs), link.between[0])
 
     def talks(self, a: str, b: str) -> bool:
-        """Whether two members ever call each other: over a link, or as homes of SAEs."""
+        """Whether two members ever call each other: over a link, or as homes of SAEs and borders."""
         is_linked = any({a, b} == set(link.between) for link in self.links)
-        return is_linked or {a, b} <= set(self.homes)
+        return is_linked or {a, b} <= {*self.homes, *self.borders}
 
     def document_source(self, serial: int = 1) -> dict[str, Any]:
         """The network document of this network, unsigned, as ``mesh.core.network_parse`` reads it."""
@@ -173,6 +198,9 @@ class Network(_Section, frozen=True, kw_only=True):
                 for gateway in node.gateways
                 for sae in gateway.saes
             },
+            "foreign": [
+                {"prefix": one.prefix, "border": one.border, "domain": one.domain} for one in self.foreign
+            ],
             "grades": self.grades,
         }
 
@@ -199,6 +227,19 @@ class Network(_Section, frozen=True, kw_only=True):
         return 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """What a network file describes: one domain, or several that meet at borders."""
+
+    name: str
+    domains: tuple[Network, ...]
+
+    @classmethod
+    def of(cls, network: Network) -> Lab:
+        """A lab of one domain."""
+        return cls(network.name, (network,))
+
+
 def shipped_networks() -> list[str]:
     """Names of the networks that come with the package."""
     folder = resources.files("mesh.lab") / "networks"
@@ -207,7 +248,7 @@ def shipped_networks() -> list[str]:
     )
 
 
-def load_network(name_or_file: str) -> Network:
+def load_lab(name_or_file: str) -> Lab:
     """Read a shipped network by name, or a file of the user's.
 
     Raises:
@@ -222,40 +263,100 @@ def load_network(name_or_file: str) -> Network:
             raise ConfigError(
                 f"no network {name_or_file!r}: give a YAML file, or one of {', '.join(shipped_networks())}"
             ) from error
-    return parse_network(text, name_or_file)
+    return parse_lab(text, name_or_file)
 
 
-def parse_network(text: str, where: str) -> Network:
+def load_network(name_or_file: str) -> Network:
+    """The same, of a file that describes one domain.
+
+    Raises:
+        ConfigError: as ``load_lab``, and if there are several.
+    """
+    lab = load_lab(name_or_file)
+    if len(lab.domains) != 1:
+        raise ConfigError(f"network {name_or_file} has several domains; name one with a single domain")
+    return lab.domains[0]
+
+
+def parse_lab(text: str, where: str) -> Lab:
     """Check a network file's text; ``where`` names it in messages.
 
     Raises:
         ConfigError: names the field, the problem and the remedy.
     """
     try:
-        network = msgspec.convert(decode_yaml(text), Network)
+        top = decode_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"network {where} is {error.message}", facts=error.facts) from error
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"network {where}: {error}") from error
+    if not isinstance(top, dict) or "domains" not in top:
+        network = _convert(top, f"network {where}")
+        return _checked(Lab(network.name, (network,)), where)
+    name, sections = top.get("name"), top["domains"]
+    if set(top) != {"name", "domains"} or not isinstance(name, str) or not isinstance(sections, list):
+        raise ConfigError(f"network {where}: with domains, a list of networks, there is a name and no more")
+    networks = [
+        _convert(
+            {"name": name, **section} if isinstance(section, dict) else section,
+            f"network {where}: domains[{index}]",
+        )
+        for index, section in enumerate(sections)
+    ]
+    return _checked(Lab(name, tuple(networks)), where)
+
+
+def _convert(data: object, where: str) -> Network:
     try:
-        _check(network)
-        network.document()
+        return msgspec.convert(data, Network)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _checked(lab: Lab, where: str) -> Lab:
+    try:
+        _check_together(lab.domains)
+        for network in lab.domains:
+            _check(network)
+            network.document()
     except ConfigError as error:
         raise ConfigError(f"network {where}: {error.message}", facts=error.facts) from error
-    return network
+    return lab
+
+
+def _check_together(domains: Sequence[Network]) -> None:
+    """What must hold over all domains of a lab: ids, enough SAEs, and borders that name each other."""
+    gateways = [gateway for one in domains for node in one.nodes for gateway in node.gateways]
+    ids = [
+        ("domains", [one.domain for one in domains]),
+        ("nodes, hubs", [member for one in domains for member in one.members]),
+        ("gateways", [gateway.id for gateway in gateways]),
+        ("saes", [sae for gateway in gateways for sae in gateway.saes]),
+    ]
+    for kind, names in ids:
+        if twice := next((entry for entry in names if names.count(entry) > 1), None):
+            raise ConfigError(f"{kind}: {twice} is there twice; give each its own id")
+    homes = [home for one in domains for home in one.homes]
+    if len(homes) < 2:
+        raise ConfigError("nodes: SAEs at two different nodes are needed; add gateways with saes")
+    if not domains or domains[0].nodes[0].id not in homes:
+        raise ConfigError("nodes[0].gateways: the first node needs a gateway with an SAE")
+    meetings = {(one.border, one.peer) for network in domains for one in network.foreign}
+    for network in domains:
+        with_gateway = {node.id for node in network.nodes if node.gateways}
+        for index, one in enumerate(network.foreign):
+            where = f"{network.domain}.foreign[{index}]"
+            if one.border not in with_gateway:
+                raise ConfigError(f"{where}.border: {one.border} is no node with a gateway of this domain")
+            if one.peer in network.members or (one.peer, one.border) not in meetings:
+                raise ConfigError(
+                    f"{where}.peer: {one.peer} is no border of another domain that names {one.border} "
+                    "as its peer"
+                )
 
 
 def _check(network: Network) -> None:
-    gateways = [gateway for node in network.nodes for gateway in node.gateways]
-    members = [
-        ("nodes, hubs", network.members),
-        ("gateways", [gateway.id for gateway in gateways]),
-        ("saes", [sae for gateway in gateways for sae in gateway.saes]),
-        ("links", [link.link_id for link in network.links]),
-    ]
-    for kind, ids in members:
-        if twice := next((entry for entry in ids if ids.count(entry) > 1), None):
-            raise ConfigError(f"{kind}: {twice} is there twice; give each its own id")
+    links = [link.link_id for link in network.links]
+    if twice := next((entry for entry in links if links.count(entry) > 1), None):
+        raise ConfigError(f"links: {twice} is there twice; give each its own id")
     for index, link in enumerate(network.links):
         for end in link.between:
             if end not in network.members:
@@ -270,9 +371,5 @@ def _check(network: Network) -> None:
             raise ConfigError(
                 f"links[{index}].psrd_bytes: at least {MIN_DIRECTION_BYTES} per lane, or 0 for a device"
             )
-    if len(network.homes) < 2:
-        raise ConfigError("nodes: SAEs at two different nodes are needed; add gateways with saes")
-    if network.nodes[0].id not in network.homes:
-        raise ConfigError("nodes[0].gateways: the first node needs a gateway with an SAE")
     if network.reserves.low_water_bytes > network.reserves.high_water_bytes:
         raise ConfigError("reserves.low_water_bytes: must not exceed reserves.high_water_bytes")

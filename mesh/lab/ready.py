@@ -97,14 +97,15 @@ class DeliveryCheck:
 
     Args:
         lab: the content of ``lab.json``.
-        wanted_keys: that status must count; 0 where reserves are not kept filled: there one
-            key is asked for (and spent), since an empty reserve counts nothing.
+        wanted_keys: that status must count; 0 where reserves are not kept filled. There, and
+            across a border, one key is asked for (and spent): nothing is in stock to be counted.
     """
 
     def __init__(self, lab: dict[str, Any], *, wanted_keys: int) -> None:
         self._lab = lab
         self._wanted_keys = wanted_keys
         self._open = list(_pairs(lab))
+        self._domain = {node["id"]: node["domain"] for node in lab["nodes"]}
 
     def missing(self) -> str:
         """What is missing; "" for nothing."""
@@ -119,7 +120,7 @@ class DeliveryCheck:
         what = f"{caller['gateway']}: too few keys for {other['id']} yet"
         try:
             with encryptor(self._lab, caller["id"], timeout_s=10.0) as sae:
-                if self._wanted_keys:
+                if self._wanted_keys and self._domain[caller["node"]] == self._domain[other["node"]]:
                     is_there = sae.status(other["id"])["stored_key_count"] >= self._wanted_keys
                 else:
                     is_there = bool(sae.enc_keys(other["id"]))

@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ OWN_ENTRIES = frozenset(
     }
 )
 """What the lab writes in its directory; a start replaces just these."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainFolder:
+    """Where one domain of a lab keeps certificates and passwords, and its network document."""
+
+    pki: Path
+    network: Path
+
+    def password_file(self, etcd_user: str) -> Path:
+        """The password of an etcd user."""
+        return self.pki / f"etcd-{etcd_user}.password"
 
 
 class LabDirectory:
@@ -106,9 +119,10 @@ class LabDirectory:
         if self.proofs is not None:
             shutil.rmtree(self.proofs, ignore_errors=True)
 
-    def password_file(self, etcd_user: str) -> Path:
-        """The password of an etcd user."""
-        return self.pki / f"etcd-{etcd_user}.password"
+    def domain_folder(self, domain: str, *, is_only: bool) -> DomainFolder:
+        """A domain's own folders; those of the lab itself where there is only one domain."""
+        own = "" if is_only else domain
+        return DomainFolder(self.pki / own, self.network / own)
 
     def read_lab(self) -> dict[str, Any]:
         """Read ``lab.json``.
@@ -167,15 +181,15 @@ def operator_targets(root: Path, kme_id: str | None) -> list[OperatorTarget]:
         ConfigError: there is no lab, or no such node.
     """
     lab = LabDirectory(root).read_lab()
-    ca = {domain["id"]: domain["ca"]["node"] for domain in lab["domains"]}
+    domains = {domain["id"]: domain for domain in lab["domains"]}
     targets = [
         OperatorTarget(
             address=entry["grpc"],
             kme_id=entry["id"],
             domain_id=entry["domain"],
-            ca=Path(ca[entry["domain"]]),
-            cert=Path(lab["tool"]["cert"]),
-            key=Path(lab["tool"]["key"]),
+            ca=Path(domains[entry["domain"]]["ca"]["node"]),
+            cert=Path(domains[entry["domain"]]["tool"]["cert"]),
+            key=Path(domains[entry["domain"]]["tool"]["key"]),
             role=role,
         )
         for section, role in (("nodes", Role.NODE), ("hubs", Role.HUB))

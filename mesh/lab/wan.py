@@ -12,7 +12,8 @@ import asyncio
 import logging
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ _CHUNK = 256 * 1024
 BUFFER_BYTES = 64 << 20
 """Held per direction and connection: 64 MiB carry 3 Gbit/s over a round trip of 340 ms."""
 
-_Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+_Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[object, object, None]]
 _HostPort = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.\-]+:[0-9]{1,5}$")]
 
 
@@ -39,11 +40,15 @@ class WanPath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WanConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One relay process: an undirected path, usually with one listener per direction."""
+    """One relay process: an undirected path, usually with one listener per direction.
+
+    What comes to ``echo`` goes there and back: the least that an answer over this path can take.
+    """
 
     wan_id: str
     one_way_delay_ms: Annotated[float, msgspec.Meta(ge=0, le=10_000)]
     paths: Annotated[list[WanPath], msgspec.Meta(min_length=1)]
+    echo: _HostPort | None = None
 
 
 class _Pipe:
@@ -108,14 +113,25 @@ class WanRelay:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> list[str]:
-        """Listen on every path; return the ``host:port`` of each, in order."""
-        places = []
-        for path in self._config.paths:
-            host, _, port = path.listen.rpartition(":")
-            server = await asyncio.start_server(self._acceptor(path.target), host, int(port), limit=_CHUNK)
-            self._servers.append(server)
-            places.append(f"{host}:{server.sockets[0].getsockname()[1]}")
+        """Listen on every path; return the ``host:port`` of each, in order, the echo's last."""
+        places = [
+            await self._listen(path.listen, partial(self._carry, path.target)) for path in self._config.paths
+        ]
+        if self._config.echo is not None:
+            answering = await self._listen("127.0.0.1:0", _echo)
+            places.append(await self._listen(self._config.echo, partial(self._carry, answering)))
         return places
+
+    async def _listen(self, place: str, serve: _Serve) -> str:
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.get_running_loop().create_task(serve(reader, writer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        host, _, port = place.rpartition(":")
+        server = await asyncio.start_server(accept, host, int(port), limit=_CHUNK)
+        self._servers.append(server)
+        return f"{host}:{server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """Stop listening and cut every connection."""
@@ -124,16 +140,6 @@ class WanRelay:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _acceptor(self, target: str) -> _Accept:
-        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            if task is not None:
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-            await self._carry(target, reader, writer)
-
-        return accept
 
     async def _carry(self, target: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         onward: asyncio.StreamWriter | None = None
@@ -150,6 +156,17 @@ class WanRelay:
             for end in (writer, onward):
                 if end is not None:
                     end.close()
+
+
+async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(_CHUNK):
+            writer.write(data)
+            await writer.drain()
+    except OSError as error:
+        _log.debug("connection to the echo ended: %s", error)
+    finally:
+        writer.close()
 
 
 def run(config_file: Path) -> int:

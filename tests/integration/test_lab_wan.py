@@ -11,7 +11,7 @@ import pytest
 
 from mesh.lab.control import Progress, restart_processes, start_lab, stop_lab
 from mesh.lab.encryptor import RefusedError
-from mesh.lab.networks import load_network
+from mesh.lab.networks import load_lab
 from mesh.lab.ready import encryptor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -33,7 +33,7 @@ def test_keys_on_demand_cross_the_emulated_path_and_come_back_after_it_was_cut(t
     file = tmp_path / "ocean.yaml"
     file.write_text(NETWORK)
     progress = Progress()
-    directory = start_lab(load_network(str(file)), tmp_path / "lab", progress)
+    directory = start_lab(load_lab(str(file)), tmp_path / "lab", progress)
     try:
         lab = directory.read_lab()
         assert len(lab["etcd"]["endpoints"]) == len(lab["etcd"]["pids"]) == 3

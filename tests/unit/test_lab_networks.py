@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mesh.errors import ConfigError
-from mesh.lab.networks import load_network, parse_network, shipped_networks
+from mesh.lab.networks import load_lab, load_network, parse_lab, shipped_networks
 
 
 def minimal() -> dict[str, Any]:
@@ -25,15 +25,15 @@ def minimal() -> dict[str, Any]:
 
 
 def parsed(data: dict[str, Any]) -> None:
-    parse_network(yaml.safe_dump(data), "here.yaml")
+    parse_lab(yaml.safe_dump(data), "here.yaml")
 
 
 @pytest.mark.parametrize("name", shipped_networks())
 def test_shipped_networks_load_and_make_a_valid_document(name: str) -> None:
-    network = load_network(name)
-    document = network.document()
-    assert document.domain_id == network.domain
-    assert set(document.nodes) == set(network.members)
+    for network in load_lab(name).domains:
+        document = network.document()
+        assert document.domain_id == network.domain
+        assert set(document.nodes) == set(network.members)
 
 
 def test_metro_is_the_papers_toronto() -> None:
@@ -105,7 +105,7 @@ def test_delays_add_up_along_the_quickest_way() -> None:
         {"between": ["kme-a", "kme-c"], "one_way_delay_ms": 40},
         {"between": ["kme-c", "kme-d"]},
     ]
-    network = parse_network(yaml.safe_dump(data), "here.yaml")
+    (network,) = parse_lab(yaml.safe_dump(data), "here.yaml").domains
     assert network.delay_ms("kme-a", "kme-d") == 15
     assert network.delay_ms("kme-d", "kme-a") == 15
     assert network.delay_ms("kme-c", "kme-d") == 0
@@ -127,9 +127,9 @@ def test_a_courier_brings_the_same_for_both_lanes_or_something_else_for_each() -
     data = minimal()
     for psrd, there_and_back in (("64MiB", (64 << 20, 64 << 20)), (["1MiB", 4096], (1 << 20, 4096))):
         data["links"][0]["psrd_bytes"] = psrd
-        (link,) = parse_network(yaml.safe_dump(data), "here.yaml").links
+        (link,) = parse_lab(yaml.safe_dump(data), "here.yaml").domains[0].links
         assert link.courier_bytes == there_and_back
-    assert parse_network(yaml.safe_dump(data), "here.yaml").issuer(link) == "kme-b"
+    assert parse_lab(yaml.safe_dump(data), "here.yaml").domains[0].issuer(link) == "kme-b"
     assert not load_network("metro").links[0].is_couriered
 
 
@@ -139,3 +139,56 @@ def test_paths_are_emulated_only_between_those_who_talk() -> None:
     assert network.talks("west", "harbour")
     assert not network.talks("north", "south")
     assert not network.talks("west", "nowhere")
+
+
+def two_domains() -> dict[str, Any]:
+    here = minimal() | {"domain": "here", "foreign": [border("b-", "kme-b", "far-a", "there")]}
+    there = yaml.safe_load(yaml.safe_dump(minimal()).replace("kme-", "far-").replace("gw-", "far-gw-"))
+    there |= {"domain": "there", "foreign": [border("s", "far-a", "kme-b", "here")]}
+    for node, sae in zip(there["nodes"], ("b-a", "b-b"), strict=True):
+        node["gateways"][0]["saes"] = [sae]
+    for domain in (here, there):
+        del domain["name"]
+    return {"name": "two", "domains": [here, there]}
+
+
+def border(prefix: str, kme_id: str, peer: str, domain: str) -> dict[str, str]:
+    return {"prefix": prefix, "border": kme_id, "peer": peer, "domain": domain}
+
+
+def test_several_domains_meet_at_borders() -> None:
+    lab = parse_lab(yaml.safe_dump(two_domains()), "here.yaml")
+    assert [network.borders for network in lab.domains] == [["kme-b"], ["far-a"]]
+    assert lab.domains[0].document().border_for("b-b") == "kme-b"
+    assert {network.name for network in lab.domains} == {"two"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("domains", 0, "foreign", 0, "border"), "far-a", r"here.foreign\[0\].border"),
+        (("domains", 0, "foreign", 0, "peer"), "far-b", r"here.foreign\[0\].peer"),
+        (("domains", 0, "foreign", 0, "prefix"), "sae-", "foreign"),
+        (("domains", 1, "domain"), "here", "here is there twice"),
+        (("domains", 1, "nodes", 0, "id"), "kme-a", "kme-a is there twice"),
+        (("domains", 1, "colour"), "blue", r"domains\[1\].*colour"),
+        (("domains",), {}, "a list of networks"),
+        (("links",), [], "a list of networks"),
+        (("domains", 1), 5, r"domains\[1\]"),
+    ],
+)
+def test_wrong_fields_of_several_domains_are_refused_by_name(
+    path: tuple[str | int, ...], value: object, named: str
+) -> None:
+    data = two_domains()
+    target: Any = data
+    for step in path[:-1]:
+        target = target[step]
+    target[path[-1]] = value
+    with pytest.raises(ConfigError, match=named):
+        parse_lab(yaml.safe_dump(data), "here.yaml")
+
+
+def test_one_domain_is_asked_for_where_there_are_several() -> None:
+    with pytest.raises(ConfigError, match="several domains"):
+        load_network("paper")

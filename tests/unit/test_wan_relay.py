@@ -89,3 +89,19 @@ async def test_an_unreachable_target_closes_the_connection() -> None:
     assert await reader.read() == b""
     writer.close()
     await relay.stop()
+
+
+async def test_the_echo_of_a_path_is_its_round_trip() -> None:
+    paths = [WanPath("127.0.0.1:0", "127.0.0.1:1")]
+    relay = WanRelay(WanConfig(wan_id="wan", one_way_delay_ms=20.0, paths=paths, echo="127.0.0.1:0"))
+    *_, place = await relay.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(place.rpartition(":")[2]))
+        for expected_ms in (80.0, 40.0):
+            began_s = time.monotonic()
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"
+            assert (time.monotonic() - began_s) * 1000 >= expected_ms
+        writer.close()
+    finally:
+        await relay.stop()
