@@ -1,4 +1,4 @@
-"""Builds one gateway: the ETSI 014 listener over a key service, and what surrounds it.
+"""Builds one gateway: the ETSI 014 listener over a key service, ETSI 020 at a border, what surrounds them.
 
 Stateless: every durable fact lives in the node. Owns start, reload and drain. Certificates, the
 deny list and the mapping table follow their files; a table that does not fit is refused in words
@@ -16,11 +16,13 @@ from uuid import UUID
 
 from gateway.config import GatewayConfig
 from gateway.etsi014.routes import Etsi014
+from gateway.etsi020.server import BorderSide
 from gateway.http import RestServer
 from gateway.identity import Caller, load_mapper, read_certificate
 from gateway.port import KeyService
 from gateway.telemetry import Telemetry
 from mesh.client import ConfigError
+from mesh.client.border import BorderClient
 from mesh.ops.audit import AuditLog, AuditValue
 from mesh.ops.certificate_expiry import CertificateExpiry, expiry_gauge
 from mesh.ops.denylist import DenyList
@@ -79,6 +81,7 @@ class Gateway:
         config: its configuration.
         base: directory that relative paths start from.
         service: the node's key plane.
+        border: the node's border service, needed with an ``etsi020`` section.
         missing: what stands between the service and serving; empty means ready.
         metrics: registry of the process.
 
@@ -92,6 +95,7 @@ class Gateway:
         *,
         base: Path,
         service: KeyService,
+        border: BorderClient | None = None,
         missing: Callable[[], Sequence[str]] = tuple,
         metrics: Metrics | None = None,
     ) -> None:
@@ -132,11 +136,23 @@ class Gateway:
             limits=limits,
             telemetry=Telemetry(metrics, Etsi014.methods),
         )
+        self._border_side: BorderSide | None = None
+        if config.etsi020 is not None:
+            if border is None:
+                raise ConfigError("etsi020 needs a node with a border service")
+            self._border_side = BorderSide(
+                config.etsi020, base=base, border=border, limits=limits, metrics=metrics
+            )
         self._ops = OpsServer(metrics, self._readiness)
         self._listener: asyncio.Server | None = None
         self._follower: asyncio.Task[None] | None = None
         self.https_port = 0
         self.http_port = 0
+
+    @property
+    def etsi020_port(self) -> int:
+        """Where key managers are listened for; 0 for nowhere."""
+        return 0 if self._border_side is None else self._border_side.port
 
     async def start(self) -> None:
         """Listen.
@@ -161,6 +177,8 @@ class Gateway:
                 "listen.https cannot be bound", facts={"host": host, "port": port, "cause": error.strerror}
             ) from error
         self.https_port = self._listener.sockets[0].getsockname()[1]
+        if self._border_side is not None:
+            await self._border_side.start()
         if config.listen.http is not None:
             self.http_port = await self._ops.start(*split_host_port(config.listen.http))
         self._follower = loop.create_task(self._follow_files(), name="follow files")
@@ -174,6 +192,8 @@ class Gateway:
             await asyncio.sleep(limits.drain_delay_s)
             listener.close()
             await self._rest.drain(limits.drain_s)
+        if self._border_side is not None:
+            await self._border_side.stop()
         if self._follower is not None:
             self._follower.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -206,6 +226,8 @@ class Gateway:
             await asyncio.sleep(self._config.limits.reload_poll_s)
             self._tls.reload_if_changed()
             self._certificates.sample()
+            if self._border_side is not None:
+                self._border_side.follow_files()
             self._ready.set(not self._readiness())
             if self._table_watch.changed():
                 self.reload()

@@ -149,7 +149,8 @@ def load_config(path: Path) -> GatewayConfig:
         ConfigError: names the file, the member and the problem.
     """
     config = read_settings(path, GatewayConfig)
-    for text in (config.listen.https, config.listen.http, config.node.address):
+    listen020 = None if config.etsi020 is None else config.etsi020.listen
+    for text in (config.listen.https, config.listen.http, config.node.address, listen020):
         if text is not None:
             split_host_port(text)
     return config

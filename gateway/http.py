@@ -25,14 +25,13 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from gateway.config import Limits
-from gateway.exchange import Answer, Api, HttpRefusal, Request
-from gateway.identity import Caller
+from gateway.exchange import Answer, Api, HttpRefusal, Identified, Request
 from gateway.telemetry import Telemetry
 from mesh.client import NotAuthorizedError
 
 _LOG = logging.getLogger("keymesh.gateway")
 
-Identify = Callable[[bytes], Caller]
+Identify = Callable[[bytes], Identified]
 
 _STATUS_LINES: Final[Mapping[int, str]] = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -85,7 +84,7 @@ class Connection(RequestHandler):
     def __init__(self, server: RestServer, **options: Any) -> None:
         super().__init__(server.low_level, **options)
         self._server = server
-        self._identity: Caller | None = None
+        self._identity: Identified | None = None
         self._generation = -1
         self._is_refused = False
         self._resumed: asyncio.Event | None = None
@@ -127,7 +126,7 @@ class Connection(RequestHandler):
         is_first, self._is_refused = not self._is_refused, True
         return is_first
 
-    def caller(self, identify: Identify, generation: int) -> Caller:
+    def caller(self, identify: Identify, generation: int) -> Identified:
         """Who is at the other end, read once per mapping.
 
         Raises:
@@ -180,7 +179,7 @@ class RestServer:
         api: Api,
         *,
         identify: Identify,
-        is_denied: Callable[[Caller], bool],
+        is_denied: Callable[[Identified], bool],
         limits: Limits,
         telemetry: Telemetry,
         now_s: Callable[[], float] = time.time,
@@ -223,7 +222,7 @@ class RestServer:
     def admit(self, connection: Connection) -> bool:
         """Whether one more connection fits."""
         self._connections.add(connection)
-        self._telemetry.connections.set(len(self._connections))
+        self._telemetry.connections.inc()
         if len(self._connections) > self._limits.max_connections or self._is_draining:
             self._telemetry.failed("other", "too-many-connections")
             return False
@@ -232,7 +231,7 @@ class RestServer:
     def forget(self, connection: Connection) -> None:
         """A connection has ended."""
         self._connections.discard(connection)
-        self._telemetry.connections.set(len(self._connections))
+        self._telemetry.connections.dec()
 
     async def drain(self, timeout_s: float) -> None:
         """Answer what is being asked, close what is idle, and end within ``timeout_s``."""
@@ -263,31 +262,32 @@ class RestServer:
         )
 
     async def _answer(self, http: web.BaseRequest, connection: Connection, request_id: str) -> Answer:
+        caller_id = ""
         try:
-            caller = self._authenticate(connection)
+            caller_id = self._authenticate(connection).caller_id
         except NotAuthorizedError as error:
             if connection.first_refusal():  # once per connection: a stranger must not fill the log
                 _LOG.warning("caller refused", extra={"cause": error.message, "request_id": request_id})
-            return self.api.unauthorized
         if self._in_flight > self._limits.max_requests_in_flight:
             refusal = HttpRefusal(
                 HTTPStatus.SERVICE_UNAVAILABLE, "too many requests in flight", reason="busy", close=True
             )
             return self.api.refused(refusal)
         headers = http.headers
-        return await self.api.answer(
-            Request(
-                http.method,
-                http.raw_path,
-                caller.caller_id,
-                request_id,
-                headers.get("Content-Type", ""),
-                headers.get("Content-Encoding", ""),
-                lambda: self._read_body(http),
-            )
+        request = Request(
+            http.method,
+            http.raw_path,
+            caller_id,
+            request_id,
+            headers.get("Content-Type", ""),
+            headers.get("Content-Encoding", ""),
+            lambda: self._read_body(http),
         )
+        if not caller_id:
+            return await self.api.refuse_stranger(request)
+        return await self.api.answer(request)
 
-    def _authenticate(self, connection: Connection) -> Caller:
+    def _authenticate(self, connection: Connection) -> Identified:
         caller = connection.caller(self._identify, self._generation)
         if caller.not_after_s < self._now_s():
             raise NotAuthorizedError("the client certificate has expired")

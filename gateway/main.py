@@ -45,7 +45,7 @@ async def _serve(config: GatewayConfig, base: Path, stop: asyncio.Event) -> None
     )
     async with client:
         watch = NodeWatch(client)
-        gateway = Gateway(config, base=base, service=client, missing=watch.missing)
+        gateway = Gateway(config, base=base, service=client, border=client.border, missing=watch.missing)
         following = asyncio.create_task(watch.follow(), name="watch node")
         try:
             await gateway.start()

@@ -31,7 +31,7 @@ from gateway.etsi014.schema import (
     printable_name,
     refuse_body_parameters,
 )
-from gateway.exchange import Answer, HttpRefusal, Request
+from gateway.exchange import Answer, HttpRefusal, Request, read_json
 from gateway.identity import is_sae_id
 from gateway.port import AuditTrail, KeyService
 from mesh.client import MeshError, NotAuthorizedError
@@ -62,8 +62,6 @@ class Etsi014:
     """
 
     methods = METHODS
-    # A 401 has no body.
-    unauthorized = Answer(HTTPStatus.UNAUTHORIZED, b"", "other", "not-authorized")
 
     def __init__(
         self,
@@ -98,6 +96,10 @@ class Etsi014:
             return Answer(out.status, out.body, method, out.reason, out.headers)
         return Answer(HTTPStatus.OK, body, method, "", _NO_HEADERS)
 
+    async def refuse_stranger(self, request: Request) -> Answer:
+        """401, whatever was asked; it has no body."""
+        return Answer(HTTPStatus.UNAUTHORIZED, b"", "other", "not-authorized")
+
     def refused(self, refusal: HttpRefusal, method: str = "other") -> Answer:
         """The answer for what HTTP itself refused."""
         out = answer_refusal(refusal)
@@ -118,7 +120,7 @@ class Etsi014:
         else:
             refuse_body_parameters(query)
             wanted = decode_key_request(
-                await _read_json(request),
+                await read_json(request),
                 master=master,
                 slave=slave,
                 refuse_empty_body=self._profile.refuse_empty_post,
@@ -177,7 +179,7 @@ class Etsi014:
             key_ids = decode_key_ids_query(query)
         else:
             refuse_body_parameters(query)
-            key_ids = decode_key_ids(await _read_json(request))
+            key_ids = decode_key_ids(await read_json(request))
         result = "failed"
         try:
             delivered = await self._service.get_keys_by_id(
@@ -248,29 +250,6 @@ def _check_verb(method: str, verb: str) -> None:
 def _refuse_own(caller: str, slave: str) -> None:
     if caller == slave:
         raise refuse("the slave SAE ID is the caller's own", parameter="slave_SAE_ID")
-
-
-async def _read_json(request: Request) -> bytes:
-    if request.content_encoding and request.content_encoding.strip().lower() != "identity":
-        raise HttpRefusal(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            "a body must be sent without Content-Encoding",
-            reason="unsupported-media-type",
-            close=True,
-        )
-    if request.content_type:
-        media, _, parameters = request.content_type.partition(";")
-        charset = parameters.strip().lower().replace('"', "").replace(" ", "")
-        if media.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
-            body = await request.read_body()
-            if body:  # a type without a body says nothing
-                raise HttpRefusal(
-                    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-                    "a body must be application/json in UTF-8",
-                    reason="unsupported-media-type",
-                )
-            return body
-    return await request.read_body()
 
 
 def _accepted_grades(wanted: KeyRequest) -> list[frozenset[str]]:

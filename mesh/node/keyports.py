@@ -141,7 +141,10 @@ class KeyPlaneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What every part of the key plane is given: clock, randomness, alarms, metrics."""
+    """What every part of the key plane is given: clock, randomness, alarms, metrics.
+
+    ``has_random_device``: a hardware source goes into ``randomness``, good enough for keys by itself (4.9).
+    """
 
     own_id: str
     now_s: Callable[[], float]
@@ -150,3 +153,4 @@ class Surroundings:
     alarms: AlarmPort
     audit: Callable[[str, Sequence[dict[str, object]]], None] | None = None
     metrics: KeyMetrics = field(default_factory=KeyMetrics)
+    has_random_device: bool = False

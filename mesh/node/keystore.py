@@ -3,7 +3,8 @@
 Owns protocol 4.9. Their IDs are random UUIDs of version 4, so they never look like addressed ones.
 Same-KME keys are lane bytes XOR operating-system randomness: the neighbour on that lane knows the
 lane bytes, whoever predicts the system's generator knows the other half, and only both together know
-the key. With a slave elsewhere the bytes come from the reserve to that slave's KME instead.
+the key. A hardware source, where one is configured, goes in, too, and is enough where no link is open.
+With a slave elsewhere the bytes come from the reserve to that slave's KME instead.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from mesh.v1.peer_pb2 import KeyDeposit, SealedAnswer, SealedMessage, StoredKey,
 
 _MAX_DEPOSIT_BYTES = 128 * 1024
 _VOID_TIMEOUT_S = 30.0
+# What a hardware source is said to hold ready.
+_HARDWARE_LEVEL_BYTES = 1 << 20
 LOCAL_GRADE = "local"
 
 _LOG = logging.getLogger("keymesh.keystore")
@@ -218,8 +221,10 @@ class StoredKeys:
     async def local_values(self, number: int, size_bytes: int, timeout_s: float) -> list[bytes]:
         """Fresh keys of lane bytes mixed with this machine's randomness (4.9).
 
+        Without an open link a configured hardware source is enough.
+
         Raises:
-            ShortageError: no open link has enough.
+            ShortageError: neither is there, or no link has enough.
         """
         total = number * size_bytes
         lane_bytes = bytearray()
@@ -230,6 +235,8 @@ class StoredKeys:
                 key=lambda link: link.status().transmit.usable,
                 default=None,
             )
+            if link is None and self._around.has_random_device:
+                return [self._around.randomness(size_bytes) for _ in range(number)]
             if link is None:
                 raise ShortageError(
                     "no open link whose bytes a same-KME key could be made of", retry_after_s=2.0
@@ -243,8 +250,9 @@ class StoredKeys:
         return [mixed[at : at + size_bytes] for at in range(0, total, size_bytes)]
 
     def local_level_bytes(self) -> int:
-        """Bytes that same-KME keys could be made of now."""
-        return sum(link.status().transmit.usable for link in self._links.links.values() if link.is_open)
+        """Bytes that same-KME keys could be made of now; a hardware source always has some."""
+        own = _HARDWARE_LEVEL_BYTES if self._around.has_random_device else 0
+        return own + sum(link.status().transmit.usable for link in self._links.links.values() if link.is_open)
 
 
 def _void_here(tables: Tables, master: str, key_ids: Sequence[bytes]) -> None:

@@ -392,6 +392,7 @@ class Node:
                 randomness=local_randomness(self.config),
                 alarms=self.alarms,
                 metrics=KeyMetrics(self.metrics),
+                has_random_device=self.config.random_device is not None,
             ),
             settings,
             store=self.store,
