@@ -220,6 +220,10 @@ class OutboundReserve:
         """Confirmed sealed slots not used yet."""
         return sum(stop - start for start, stop in self._sealed)
 
+    def sealed_messages(self, count: int) -> int:
+        """How many messages of ``count`` slots the confirmed unused ones are good for."""
+        return sum((stop - start) // count for start, stop in self._sealed)
+
     @property
     def lowest_sealed(self) -> int | None:
         """The lowest unused sealed slot."""

@@ -27,6 +27,8 @@ from mesh.store.tables import JobRow, Tables
 from mesh.v1.peer_pb2 import DepositRequest, DepositResponse, OpenEpoch, SealedAnswer, SealedMessage
 
 SEALED_SLOTS = 32
+_MAX_SEALED_SLOTS = 1024
+_TOP_UP_TIMEOUT_S = 8.0
 _SEND_TIMEOUT_S = 3.0
 _FIRST_PAUSE_S = 0.2
 _PENDING_PAUSE_S = 0.02
@@ -90,6 +92,8 @@ class Jobs:
         self._tasks = tasks
         self._open: dict[bytes, _Job] = {}
         self._filling: dict[str, asyncio.Lock] = {}
+        self._batch: dict[str, int] = {}
+        self._topping_up: set[str] = set()
         self._handlers: dict[str, Handler] = {}
 
     def own(self, kind: str, handler: Handler) -> None:
@@ -212,17 +216,39 @@ class Jobs:
         return self._start(row)
 
     async def _slots(self, peer: str, count: int, timeout_s: float) -> tuple[OutboundBook, Range]:
-        """Sealed slots for one message; establishes more when there are too few."""
+        """Sealed slots for one message; establishes more when there are too few.
+
+        So that messages seldom wait for that, the next slots are established as soon as no two
+        messages like this one are left, and twice as many whenever one had to wait.
+        """
         deadline = self._around.monotonic_s() + timeout_s
         async with self._filling.setdefault(peer, asyncio.Lock()):
             while True:
                 book = self._reserves.outbound.get(peer)
                 span = book.slots.take_sealed(count) if book is not None and book.is_open else None
                 if book is not None and span is not None:
+                    if book.slots.sealed_messages(count) < 2 and peer not in self._topping_up:
+                        self._topping_up.add(peer)
+                        self._tasks.spawn(self._top_up(peer, count))
                     return book, span
-                order = Order(peer, max(count, SEALED_SLOTS), SlotKind.SEALED, persists=True)
+                batch = self._batch.get(peer, SEALED_SLOTS // 2)
+                self._batch[peer] = min(2 * batch, _MAX_SEALED_SLOTS)
                 left_s = max(0.1, deadline - self._around.monotonic_s())
-                await self._establisher.establish(order, timeout_s=left_s)
+                await self._establish_sealed(peer, count, left_s)
+
+    async def _top_up(self, peer: str, count: int) -> None:
+        try:
+            await self._establish_sealed(peer, 2 * count, _TOP_UP_TIMEOUT_S)
+        except MeshError as exc:
+            # Whoever needs them next asks again, and is told.
+            _LOG.info("no slots for sealed messages yet", extra={"peer": peer, "cause": str(exc)})
+        finally:
+            self._topping_up.discard(peer)
+
+    async def _establish_sealed(self, peer: str, count: int, timeout_s: float) -> None:
+        slots = max(count, self._batch.get(peer, SEALED_SLOTS))
+        order = Order(peer, slots, SlotKind.SEALED, persists=True)
+        await self._establisher.establish(order, timeout_s=timeout_s)
 
     def _start(self, row: JobRow) -> _Job:
         request = DepositRequest.FromString(row.payload[KEY_PART_BYTES:])

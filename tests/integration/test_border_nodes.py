@@ -10,7 +10,9 @@ import pytest
 
 from mesh.core.border_rules import BufferSpec
 from mesh.errors import CallerError, ErrorReason, MeshError
+from mesh.node.keyplane import DeliveredKeys
 from mesh.v1.border_pb2 import LeasedJob
+from mesh.v1.keys_pb2 import KeyRequest
 from tests.fakes.border_network import TwoDomains
 from tests.fakes.key_network import until
 
@@ -32,6 +34,19 @@ async def test_a_key_crosses_and_is_the_same_at_both_ends(domains: TwoDomains) -
     with pytest.raises(CallerError) as again:
         await domains.uk.redeem("uk-b", "can-a", [drawn.keys[0][0]])
     assert again.value.reason is ErrorReason.UNKNOWN_KEY
+
+
+async def test_what_gateways_post_carries_the_id_of_the_request_behind_it(domains: TwoDomains) -> None:
+    posted: list[tuple[str, str]] = []
+
+    def listen(kme: str, job: LeasedJob) -> None:
+        posted.append((kme, job.request_id))
+
+    domains.meddle = listen
+    request = KeyRequest(master_sae_id="can-a", slave_sae_id="uk-b", number=1, request_id="gw-7")
+    (result,) = await domains.can.plane("can-x").get_keys([request])
+    assert isinstance(result, DeliveredKeys)
+    assert ("can-z", "gw-7") in posted
 
 
 async def test_another_sae_learns_nothing(domains: TwoDomains) -> None:
@@ -106,3 +121,14 @@ async def test_a_caller_that_leaves_leaves_no_key_behind(domains: TwoDomains) ->
     held.set()
     await until(lambda: domains.states("can-z") == {"out:voided": 1}, timeout_s=10)
     await until(lambda: domains.states("uk-x") == {"in:voided": 1}, timeout_s=10)
+
+
+async def test_messages_do_not_wait_for_sealed_slots_once_they_flow(domains: TwoDomains) -> None:
+    """The next slots are established while the last ones are still enough."""
+    book = None
+    for _ in range(12):
+        await domains.can.get("can-a", "uk-b")
+        book = domains.can.plane("can-x").reserves.outbound["can-z"]
+        await until(lambda book=book: book.slots.sealed_messages(8) > 0)  # type: ignore[misc]  # bound now
+    assert book is not None
+    assert book.slots.sealed_slots < 3 * 32

@@ -106,6 +106,7 @@ def test_sealed_slots_are_apart_from_keys() -> None:
     assert reserve.plan(3, 1) is None
     assert reserve.take_sealed(3) == Range(first, first + 3)
     assert reserve.sealed_slots == 5
+    assert (reserve.sealed_messages(2), reserve.sealed_messages(6)) == (2, 0)
     assert reserve.take_sealed(6) is None
     reserve.forfeit_sealed_below(first + 6)
     assert reserve.lowest_sealed == first + 6
