@@ -242,7 +242,7 @@ def encode_key_container(keys: Sequence[DeliveredKey], *, grade: str | None = No
     """
     items = ",".join(
         [
-            f'{{"key_ID":"{key.key_id}","key":"{b2a_base64(key.value, newline=False).decode()}"}}'
+            f'{{"key_ID":"{key.key_id_text}","key":"{b2a_base64(key.value, newline=False).decode()}"}}'
             for key in keys
         ]
     )

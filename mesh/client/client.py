@@ -28,6 +28,7 @@ from mesh.v1 import keys_pb2, keys_pb2_grpc
 DEFAULT_TIMEOUT_S = 8.0
 _MAX_NUMBER = 65_535
 _MAX_KEY_BYTES = 8192
+_KEY_ID_BYTES = 16
 # Key_ID, field headers and the grade, rounded up.
 _OVERHEAD_BYTES = 64
 
@@ -265,9 +266,8 @@ def _build(kind: Callable[..., Any], **fields: object) -> Any:
 def _delivered(result: keys_pb2.KeyResult) -> DeliveredKeys | MeshError:
     if result.HasField("failure"):
         return error_from_failure(result.failure)
-    try:
-        keys = [DeliveredKey(UUID(bytes=key.key_id), key.value) for key in result.keys.keys]
-    except ValueError:
+    keys = [DeliveredKey(key.key_id, key.value) for key in result.keys.keys]
+    if any(len(key.id_bytes) != _KEY_ID_BYTES for key in keys):
         return PeerError("node answered a key_ID that is not 16 bytes long")
     if not keys:
         return PeerError("node answered no keys and no failure")

@@ -14,13 +14,24 @@ import msgspec
 
 
 class DeliveredKey(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """One key as handed out: its id and its bytes."""
+    """One key as handed out: its id (the 16 bytes of a UUID) and its bytes."""
 
-    key_id: UUID
+    id_bytes: bytes
     value: bytes
 
+    @property
+    def key_id(self) -> UUID:
+        """The key_ID; made when asked for, because making one costs more than all else of a key."""
+        return UUID(bytes=self.id_bytes)
+
+    @property
+    def key_id_text(self) -> str:
+        """``str(key_id)``."""
+        digits = self.id_bytes.hex()
+        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
     def __repr__(self) -> str:
-        return f"DeliveredKey({self.key_id}, {len(self.value)} bytes)"
+        return f"DeliveredKey({self.key_id_text}, {len(self.value)} bytes)"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("keys cannot be pickled")

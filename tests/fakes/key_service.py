@@ -121,7 +121,7 @@ class FakeKeyService:
                 facts={"requested_bytes": total, "available_bytes": network.available_bytes},
             )
         network.available_bytes -= total
-        keys = [DeliveredKey(_addressed_id(), secrets.token_bytes(bits // 8)) for _ in range(number)]
+        keys = [DeliveredKey(_addressed_id().bytes, secrets.token_bytes(bits // 8)) for _ in range(number)]
         for key in keys:
             entitled = dict.fromkeys((slave, *additional_slaves), False)
             network.keys[master, key.key_id] = _Record(key.value, entitled)
@@ -143,7 +143,9 @@ class FakeKeyService:
             raise CallerError("one or more keys are unknown", reason=ErrorReason.UNKNOWN_KEY)
         for record in found:
             record.slaves[slave] = True
-        keys = [DeliveredKey(key_id, record.value) for key_id, record in zip(key_ids, found, strict=True)]
+        keys = [
+            DeliveredKey(key_id.bytes, record.value) for key_id, record in zip(key_ids, found, strict=True)
+        ]
         return DeliveredKeys(keys, network.grade)
 
     def _enter(self, method: str, caller: str, request_id: str) -> FakeNetwork:

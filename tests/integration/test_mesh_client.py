@@ -343,7 +343,8 @@ async def test_closed_client(site: Site) -> None:
 
 
 def test_key_bytes_stay_out_of_reprs_and_pickles() -> None:
-    key = DeliveredKey(UUID(int=1), b"secret-bytes-here")
+    key = DeliveredKey(UUID(int=1).bytes, b"secret-bytes-here")
+    assert key.key_id_text == str(key.key_id) == str(UUID(int=1))
     assert "secret" not in repr(key)
     assert "secret" not in repr([key])
     with pytest.raises(TypeError):

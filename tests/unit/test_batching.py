@@ -81,7 +81,7 @@ async def test_one_in_flight_the_rest_gathers(node: Node, batcher: Batcher[str, 
     for name in "abc":
         tasks.append(ask(batcher, name))
         await turn()
-    assert node.batches == [["a"]]
+    assert len(node.batches) == 1
     node.held[0].set_result(None)
     await turn()
     assert node.batches == [["a"], ["b", "c"]]
@@ -120,7 +120,7 @@ async def test_cancelled_before_it_left_costs_nothing(node: Node, batcher: Batch
     await turn()
     assert node.batches == [["a"], ["c"]]
     node.held[1].set_result(None)
-    assert await asyncio.gather(first, other) == ["A", "C"]
+    assert [await first, await other] == ["A", "C"]
 
 
 async def test_cancelled_after_it_left_the_others_get_theirs(node: Node, batcher: Batcher[str, str]) -> None:
@@ -221,7 +221,7 @@ async def test_slow_pairs_hold_nobody_else_up(
     again = ask(batcher, "s2", pair="slow")
     while len(node.batches) < 3:  # noqa: ASYNC110 - the batcher's own timer is what is waited for
         await asyncio.sleep(0)
-    assert sorted(map(tuple, node.batches[1:])) == [("q",), ("s2",)]
+    assert sorted(node.batches[1:]) == [["q"], ["s2"]]
     monkeypatch.setattr(batching, "SLOW_AFTER_S", 60.0)
     node.held[node.batches.index(["q"])].set_result(None)
     assert await quick == "Q"
@@ -229,7 +229,7 @@ async def test_slow_pairs_hold_nobody_else_up(
     for held in node.held:
         if not held.done():
             held.set_result(None)
-    assert await asyncio.gather(slow, again) == ["S1", "S2"]
+    assert [await slow, await again] == ["S1", "S2"]
     # Quick again: together with everybody.
     together = [ask(batcher, name, pair=pair) for name, pair in (("s", "slow"), ("q", "quick"))]
     await turn()

@@ -144,7 +144,7 @@ def test_queries_are_decoded_strictly() -> None:
 
 
 def test_container_is_compact_and_equal_to_generic_json() -> None:
-    keys = [DeliveredKey(uuid4(), bytes(range(n, n + 32))) for n in (0, 99, 200)]
+    keys = [DeliveredKey(uuid4().bytes, bytes(range(n, n + 32))) for n in (0, 99, 200)]
     plain = schema.encode_key_container(keys)
     assert plain == json.dumps(json.loads(plain), separators=(",", ":")).encode()
     decoded = json.loads(schema.encode_key_container(keys, grade='dske(2,3)"'))
