@@ -48,6 +48,9 @@ class Encryptor:
         cert: the SAE's certificate, PEM file.
         key: its key, PEM file.
         timeout_s: of one request.
+
+    Attributes:
+        request_id: by which the gateway knows the last request; empty before the first answer.
     """
 
     def __init__(self, url: str, *, ca: str, cert: str, key: str, timeout_s: float = 15.0) -> None:
@@ -58,6 +61,7 @@ class Encryptor:
         self._connection = http.client.HTTPSConnection(
             parts.hostname or "localhost", parts.port or 443, timeout=timeout_s, context=context
         )
+        self.request_id = ""
 
     def close(self) -> None:
         """Close the connection."""
@@ -99,6 +103,7 @@ class Encryptor:
             self._connection.request(verb, path, body=body, headers=headers)
             response = self._connection.getresponse()
             payload = response.read()
+            self.request_id = response.getheader("X-Request-Id", "")
         except (http.client.HTTPException, OSError):
             self._connection.close()
             raise

@@ -35,6 +35,7 @@ from mesh.node.reports import Reports
 from mesh.node.reserves import Reserves
 from mesh.node.routewatch import RouteWatch
 from mesh.node.tasks import Background
+from mesh.ops.logging import log_soon, request_id
 from mesh.store.store import Store
 from mesh.store.tables import AppendKind, AppendRow, ReserveRow, Tables
 from mesh.v1.peer_pb2 import ConfirmRequest, TransferAnswer, TransferQuery
@@ -187,6 +188,15 @@ class Appender:
         finally:
             self._appending_bytes -= len(verified.secret)
             self._appending.discard(header.transfer)
+        if request_id.get():
+            log_soon(
+                _LOG,
+                "transfer appended",
+                source=header.transfer.source,
+                slot=header.transfer.first_slot,
+                slots=header.slot_count,
+                grade=str(header.grade),
+            )
         await self._confirm(header.transfer.source, confirm)
 
     async def _append_once(self, verified: Verified, parts: SecretParts) -> ConfirmRequest:

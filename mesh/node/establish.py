@@ -35,6 +35,7 @@ from mesh.node.reserves import Reserves
 from mesh.node.routewatch import RouteWatch
 from mesh.node.tasks import Background
 from mesh.node.underway import BULK, Order, RouteError, Transfer, Underway, short_of_routes
+from mesh.ops.logging import log_soon, request_id
 from mesh.v1.link_pb2 import ShareItem
 from mesh.v1.peer_pb2 import ConfirmRequest, RouteReport, TransferAnswer, TransferQuery
 
@@ -110,6 +111,8 @@ class Establisher:
             result = "ok"
             priority = "bulk" if order.priority == BULK else "on-demand"
             metrics.establish_s.labels(book.grade, priority).observe(self._around.monotonic_s() - began_s)
+            if order.priority != BULK:
+                log_soon(_LOG, "established", target=order.target, slots=order.slots, grade=book.grade)
             if order.kind is SlotKind.KEYS:
                 metrics.established_bytes.labels(book.grade).inc(order.slots * KEY_PART_BYTES)
             return book
@@ -228,6 +231,7 @@ class Establisher:
         tag = transfer_tag(encoded, secret)
         book.hold(first, order.slots, order.kind, parts.payload, persists=order.persists)
         sent = frozenset(index for index, _ in live)
+        identifier = "" if order.priority == BULK else (order.request_id or request_id.get())[:64]
         transfer = Transfer(header, tag, parts.confirm_key, book, order, sent)
         self._underway.add(transfer)
         for (index, link), claim in zip(live, claims, strict=True):
@@ -238,7 +242,7 @@ class Establisher:
                 hop=0,
                 length_bytes=length,
                 is_raw=index < grade.k,
-                request_id=order.request_id[:64],
+                request_id=identifier,
                 priority=order.priority,
             )
             link.send(claim, [item], b"" if index < grade.k else derived[index - grade.k])

@@ -48,6 +48,7 @@ from mesh.node.retire import Retirer
 from mesh.node.routewatch import CarefulRoutes, RouteWatch
 from mesh.node.supply import Keys, Supply
 from mesh.node.tasks import Background, unbroken
+from mesh.ops.logging import clean_request_id, serving
 from mesh.store.store import Store
 from mesh.store.tables import Tables
 from mesh.v1.admin_pb2 import ReserveStatus
@@ -454,7 +455,7 @@ class KeyPlane:
                 if result is None:
                     waiting.append((len(results), admitted))
             except MeshError as exc:
-                result = self._refused("draw", exc)
+                result = self._refused("draw", exc, request.request_id)
             results.append(result)
         if waiting:
             outcomes = await asyncio.gather(*(self._deliver(admitted) for _, admitted in waiting))
@@ -475,6 +476,10 @@ class KeyPlane:
         return DeliveredKeys(keys, self.reserves.outbound[peer].grade)
 
     async def _deliver(self, admitted: _Admitted) -> Delivered:
+        with serving(clean_request_id(admitted.request.request_id)):
+            return await self._deliver_served(admitted)
+
+    async def _deliver_served(self, admitted: _Admitted) -> Delivered:
         request = admitted.request
         peer = admitted.single_peer
         timeout_s = self._config.request_timeout_s
@@ -511,16 +516,18 @@ class KeyPlane:
                         request_id=request.request_id,
                     )
         except MeshError as exc:
-            return self._refused("draw", exc)
+            return self._refused("draw", exc, request.request_id)
         except TimeoutError:
             late = ShortageError(
                 "keys could not be had in time", reason=ErrorReason.DEADLINE_EXCEEDED, retry_after_s=1.0
             )
-            return self._refused("draw", late)
+            return self._refused("draw", late, request.request_id)
         return DeliveredKeys(keys, grade)
 
-    def _refused(self, method: str, error: MeshError) -> MeshError:
+    def _refused(self, method: str, error: MeshError, request_id: str) -> MeshError:
         self._around.metrics.keys_refused.labels(method, error.reason.value).inc()
+        facts = {"method": method, "reason": error.reason.value, "request_id": clean_request_id(request_id)}
+        _LOG.info("keys refused", extra={**facts, "cause": error.message})
         return error
 
     async def get_keys_by_id(self, requests: Sequence[KeyByIdRequest]) -> list[Delivered]:
@@ -547,12 +554,12 @@ class KeyPlane:
             async with asyncio.timeout(self._config.request_timeout_s):
                 keys, grade = await self.redeemer.redeem(document, slave, master, request.key_ids)
         except MeshError as exc:
-            return self._refused("redeem", exc)
+            return self._refused("redeem", exc, request.request_id)
         except TimeoutError:
             late = ShortageError(
                 "the disk did not answer in time", reason=ErrorReason.DEADLINE_EXCEEDED, retry_after_s=1.0
             )
-            return self._refused("redeem", late)
+            return self._refused("redeem", late, request.request_id)
         return DeliveredKeys(keys, grade)
 
     # levels

@@ -19,6 +19,7 @@ from mesh.node.appends import Appender
 from mesh.node.keyports import DocumentView, Surroundings
 from mesh.node.ports import LinkPlanePort, LinkPort
 from mesh.node.reports import Reports
+from mesh.ops.logging import clean_request_id, log_soon, serving
 from mesh.v1.link_pb2 import ShareItem
 
 _MAX_HEADERS = 512
@@ -92,6 +93,16 @@ class Relay:
             priority=item.priority,
         )
         link.enqueue(onward, value)
+        if item.priority:
+            log_soon(
+                _LOG,
+                "share relayed",
+                source=transfer.source,
+                target=transfer.target,
+                slot=transfer.first_slot,
+                route=item.route,
+                next_hop=next_hop,
+            )
 
     def _charge(self, link: LinkPort, source: str, nbytes: int, *, is_bulk: bool) -> None:
         """Whoever uses much leaves something for the others, and bulk something for keys on demand (3.9)."""
@@ -139,15 +150,17 @@ class ShareRouter:
     def on_shares(self, came_from: str, shares: Sequence[tuple[ShareItem, bytes]]) -> None:
         """Takes the shares of one frame; what one of them does wrong costs only itself."""
         for item, value in shares:
-            try:
-                self._take(came_from, item, value)
-            except MeshError as exc:
-                self.dropped += 1
-                self._around.metrics.shares_refused.labels(came_from, exc.reason.value).inc()
-                _LOG.warning(
-                    "share dropped",
-                    extra={"link": came_from, "cause": str(exc), "reason": exc.reason.value},
-                )
+            # Not the id of the stream that the frame came on; a refill serves no request.
+            with serving(clean_request_id(item.request_id) if item.request_id else ""):
+                try:
+                    self._take(came_from, item, value)
+                except MeshError as exc:
+                    self.dropped += 1
+                    self._around.metrics.shares_refused.labels(came_from, exc.reason.value).inc()
+                    _LOG.warning(
+                        "share dropped",
+                        extra={"link": came_from, "cause": str(exc), "reason": exc.reason.value},
+                    )
 
     def on_link_open(self, peer: str) -> None:
         """Nothing waits for a link here; establishes ask the link itself."""

@@ -20,6 +20,7 @@ from mesh.node.paths import Paths, Planned
 from mesh.node.reserves import Reserves
 from mesh.node.tasks import Background
 from mesh.node.underway import BULK, ON_DEMAND, Order
+from mesh.ops.logging import log_soon
 
 _LEAST_BULK_SLOTS = 64
 _FIRST_BULK_SLOTS = 1024
@@ -174,7 +175,9 @@ class Supply:
             else:
                 return
         batch = self._batches.get(peer)
-        if batch is None:
+        if batch is not None:
+            log_soon(_LOG, "waits for another request's establish", peer=peer, other=batch.request_id)
+        else:
             batch = self._batches[peer] = _Batch(0, request_id, asyncio.get_running_loop().create_future())
             # Ends before its waiters do, so that they learn the reason and not just a timeout.
             self._tasks.spawn(self._run_batch(peer, batch, 0.9 * left_s))

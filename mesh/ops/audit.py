@@ -1,7 +1,8 @@
 """The audit log: who got which key_ID when, and how it ended.
 
 Owns one append-only file of JSON lines, mode 0600, opened O_APPEND, rotated by size
-with a bound on how many old ones stay. A line is written with one system call before
+with a bound on how many old ones stay; one that somebody else moved away is begun anew
+within a second. A line is written with one system call before
 the answer leaves; when it cannot be written the call fails, so that no key leaves
 unrecorded. The file is not synced: a power cut may lose the last lines (syncing
 belongs to ``mesh.store``). Never key bytes; values that hold bytes are refused.
@@ -56,10 +57,11 @@ class AuditLog:
         self._lock = threading.Lock()
         self._encoder = msgspec.json.Encoder()
         self._is_torn = False
+        self._looked_at_s = -1
         self._second = -1
         self._second_text = ""
         try:
-            self._descriptor, self._size = _open(path)
+            self._descriptor, self._size, self._file = _open(path)
         except OSError as exc:
             raise ConfigError("audit_log cannot be opened", facts={"file": path, "cause": exc}) from exc
 
@@ -108,6 +110,9 @@ class AuditLog:
         if self._descriptor < 0:
             raise UnavailableError("audit log is closed", reason=ErrorReason.SHUTTING_DOWN)
         try:
+            if self._looked_at_s != self._second:
+                self._looked_at_s = self._second
+                self._follow()
             if self._size and self._size + len(encoded) > self._max_bytes:
                 self._rotate()
             # A line torn by a full disk is ended first, so that the next one stays readable.
@@ -128,15 +133,28 @@ class AuditLog:
                 facts={"file": self._path},
             )
 
+    def _follow(self) -> None:
+        """Begins a new file if ours is not at its path any more."""
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - as in mesh.ops.watch: no Path on hot paths
+        except FileNotFoundError:
+            self._reopen()
+        else:
+            if (found.st_dev, found.st_ino) != self._file:
+                self._reopen()
+
+    def _reopen(self) -> None:
+        descriptor, size, file = _open(self._path)
+        os.close(self._descriptor)
+        self._descriptor, self._size, self._file, self._is_torn = descriptor, size, file, False
+
     def _rotate(self) -> None:
         for number in range(self._keep - 1, 0, -1):
             older = self._numbered(number)
             if older.exists():
                 older.replace(self._numbered(number + 1))
         self._path.replace(self._numbered(1))
-        descriptor, size = _open(self._path)
-        os.close(self._descriptor)
-        self._descriptor, self._size, self._is_torn = descriptor, size, False
+        self._reopen()
 
     def _numbered(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
@@ -156,7 +174,9 @@ def _is_fit(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
 
 
-def _open(path: Path) -> tuple[int, int]:
+def _open(path: Path) -> tuple[int, int, tuple[int, int]]:
+    """Opens for appending; with the size, and what tells the file from another at the same path."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     os.fchmod(descriptor, 0o600)
-    return descriptor, os.fstat(descriptor).st_size
+    status = os.fstat(descriptor)
+    return descriptor, status.st_size, (status.st_dev, status.st_ino)

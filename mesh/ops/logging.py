@@ -8,6 +8,7 @@ the text (a parser's complaint may quote its input).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import logging.handlers
 import re
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -61,6 +63,12 @@ def serving(identifier: str) -> Iterator[str]:
         yield identifier
     finally:
         request_id.reset(token)
+
+
+def log_soon(logger: logging.Logger, event: str, **facts: object) -> None:
+    """Writes an info line once what is ready to run has run: a line must not delay what it tells of."""
+    if logger.isEnabledFor(logging.INFO):
+        asyncio.get_running_loop().call_soon(partial(logger.info, event, extra=facts))
 
 
 class JsonFormatter(logging.Formatter):

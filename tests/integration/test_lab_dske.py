@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,30 @@ def test_applications_an_ocean_apart_get_the_same_keys_and_the_grade_they_have(l
             assert container["key_container_extension"] == {"keymesh_grade": GRADE}
             (key,) = container["keys"]
             assert len(b.dec_keys(master, [key["key_ID"]])) == 1
+
+
+def test_one_request_id_leads_through_gateway_node_hubs_and_the_other_node(
+    root: Path, lab: dict[str, Any]
+) -> None:
+    master, slave = lab["saes"][0], lab["saes"][-1]
+    with encryptor(lab, master["id"]) as app:
+        # Four times the reserve: most of it has to be made now.
+        app.enc_keys(slave["id"], number=128, size_bits=65_536)
+        request_id = app.request_id
+
+    def told(log: str, field: str = "event") -> set[str]:
+        lines = [json.loads(line) for line in Path(log).read_text().splitlines() if request_id in line]
+        return {line[field] for line in lines if line["request_id"] == request_id}
+
+    source, target = (
+        next(one for one in lab["nodes"] if one["id"] == sae["node"]) for sae in (master, slave)
+    )
+    assert "established" in told(source["log"])
+    assert "transfer appended" in told(target["log"])
+    for hub in lab["hubs"]:
+        assert "share relayed" in told(hub["log"])
+    for member, result in ((master["gateway"], "delivered"), (source["id"], "ok")):
+        assert told(str(root / "audit" / f"{member}.jsonl"), "result") == {result}
 
 
 def test_operators_see_hubs_beside_nodes(root: Path, lab: dict[str, Any]) -> None:

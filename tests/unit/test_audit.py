@@ -56,6 +56,22 @@ def test_bytes_are_refused(tmp_path: Path, value: object) -> None:
     assert (tmp_path / "audit.log").read_bytes() == b""
 
 
+def test_a_file_that_was_moved_away_is_begun_anew_and_no_line_is_lost(tmp_path: Path) -> None:
+    path, second = tmp_path / "audit.log", [1_700_000_000.0]
+    with AuditLog(path, now_s=lambda: second[0]) as audit:
+        audit.record("before")
+        path.rename(tmp_path / "moved.log")
+        audit.record("in the same second")
+        second[0] += 1
+        audit.record("after")
+        path.unlink()
+        second[0] += 1
+        audit.record("last")
+    assert [line["event"] for line in lines(tmp_path / "moved.log")] == ["before", "in the same second"]
+    assert [line["event"] for line in lines(path)] == ["last"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 def test_rotation_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "audit.log"
     with AuditLog(path, max_bytes=200, keep=2) as audit:

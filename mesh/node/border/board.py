@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from mesh.core.border_rules import pause_s
 from mesh.node.keyports import Surroundings
+from mesh.ops.logging import request_id
 from mesh.store.tables import PostRow
 from mesh.v1.border_pb2 import LeasedJob
 
@@ -32,6 +33,7 @@ class Entry:
         attempts: leases that ended without an answer that decides.
         is_doubtful: something of an earlier attempt may have arrived, or may still.
         refusals: answers 400 or 401.
+        request_id: of the request that made it necessary; empty after a restart.
     """
 
     post: PostRow
@@ -40,6 +42,7 @@ class Entry:
     refusals: int = 0
     is_waiting: bool = False
     lease_id: bytes = b""
+    request_id: str = field(default_factory=request_id.get)
 
 
 @dataclass(slots=True, repr=False)

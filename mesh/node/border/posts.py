@@ -20,6 +20,7 @@ from mesh.node.border.ledger import OPEN_OUTBOUND, Ledger
 from mesh.node.border.ports import ACK_PATH, Ack
 from mesh.node.border.settlements import Settlements
 from mesh.node.keyports import Surroundings
+from mesh.ops.logging import log_soon
 from mesh.store.store import Store
 from mesh.store.tables import BorderKeyRow, PostRow, Tables
 from mesh.v1.border_pb2 import AckContainer, Association, ForeignKey, LeasedJob, PostAcks, PostKeys, PostVoid
@@ -80,7 +81,8 @@ class Posts:
             return None
         if post.kind == PostKind.KEYS:
             await self._expose(post)
-        return self._store.read(lambda tables: self._job(tables, post))
+        identifier = entry.request_id or post.job_id.hex()[:16]
+        return self._store.read(lambda tables: self._job(tables, post, identifier))
 
     async def _expose(self, post: PostRow) -> None:
         """Durably noted before the first request leaves: from then on the peer may hold the keys."""
@@ -95,8 +97,8 @@ class Posts:
 
         await self._run(change)
 
-    def _job(self, tables: Tables, post: PostRow) -> LeasedJob | None:
-        job = LeasedJob(peer_kme_id=post.peer, url=post.url, request_id=post.job_id.hex()[:16])
+    def _job(self, tables: Tables, post: PostRow, identifier: str) -> LeasedJob | None:
+        job = LeasedJob(peer_kme_id=post.peer, url=post.url, request_id=identifier)
         association = Association(initiator_sae_id=post.initiator, target_sae_ids=post.targets)
         callback = self._config.url + ACK_PATH
         if post.kind == PostKind.ACK:
@@ -148,9 +150,17 @@ class Posts:
         if entry is None:
             return False
         verdict = judge(http_status)
-        if http_status is None and not was_sent:
-            _LOG.info("request could not be sent", extra={"peer": entry.post.peer})
-        elif verdict is Verdict.RETRY:
+        log_soon(
+            _LOG,
+            "border request performed" if http_status else "border request not answered",
+            peer=entry.post.peer,
+            kind=entry.post.kind,
+            keys=len(entry.post.key_ids),
+            http_status=http_status,
+            gateway=gateway,
+            request_id=entry.request_id,
+        )
+        if (http_status is not None or was_sent) and verdict is Verdict.RETRY:
             entry.is_doubtful = True
         try:
             if entry.post.kind == PostKind.KEYS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,9 +12,12 @@ from mesh.node.border.border import Border, Results
 from mesh.node.border.ports import Ack, Arrival
 from mesh.node.border.posts import STATUS_TO_PROTO, status_from_proto
 from mesh.node.border.routing import Refused
+from mesh.ops.logging import log_soon
 from mesh.rpc.status import failure_from
 from mesh.v1 import border_pb2 as pb
 from mesh.v1.border_pb2_grpc import BorderServicer
+
+_LOG = logging.getLogger("keymesh.border")
 
 Audit = Callable[[str, Sequence[dict[str, Any]]], None]
 
@@ -48,6 +52,7 @@ class BorderService(BorderServicer):
         except CallerError as refused:
             self._tell("foreign_keys_refused", request.peer_kme_id, request, refused)
             return pb.ImportKeysResponse(refusal=failure_from(_as_refused(refused)))
+        log_soon(_LOG, "foreign keys taken", peer=request.peer_kme_id, keys=len(request.keys))
         self._tell("foreign_keys_taken", request.peer_kme_id, request, None)
         return pb.ImportKeysResponse(acks=_containers(results, association))
 
