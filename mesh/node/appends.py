@@ -19,7 +19,7 @@ from mesh.core.ranges import Range
 from mesh.core.reserve import check_append_epoch
 from mesh.core.sealed import decode_attachment
 from mesh.core.transfer import (
-    SLOT_BYTES,
+    KEY_PART_BYTES,
     ConfirmMessage,
     SecretParts,
     TransferHeader,
@@ -64,7 +64,7 @@ class Appender:
     """Takes the shares of transfers that end at this node.
 
     Args:
-        inbound_max_bytes: payload bytes that one source may have lying here unused.
+        inbound_max_bytes: key bytes that one source may have lying here unused.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Appender:
         self._deposits = deposits
         self._tasks = tasks
         self._incarnation = incarnation
-        self._max_slots = inbound_max_bytes // SLOT_BYTES
+        self._max_slots = inbound_max_bytes // KEY_PART_BYTES
         self._collector = Collector(
             max_pending=_MAX_PENDING,
             max_pending_bytes=_MAX_PENDING_BYTES,

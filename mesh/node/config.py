@@ -106,6 +106,8 @@ class Reserves(_Section, frozen=True, kw_only=True):
     high_water_bytes: _Natural = 4 * 1024 * 1024
     # 0 takes three quarters of the high-water mark.
     low_water_bytes: _Natural = 0
+    # Key bytes that one source may have lying here unused: at least its high-water mark.
+    inbound_max_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 64 * 1024 * 1024
     key_lifetime_s: _Seconds = 86_400.0
     # Most payload one transfer asks for, in bytes.
     transfer_max_bytes: Annotated[int, msgspec.Meta(ge=4_096)] = 256 * 1024

@@ -114,7 +114,7 @@ class KeyPlaneConfig:
         key_lifetime_s: after it drawn keys are retired at the target.
         request_timeout_s: a caller gets its answer or a shortage within this time.
         lane_floor_bytes: lane bytes that refills leave for keys on demand.
-        inbound_max_bytes: payload bytes that one source may have lying here, unused.
+        inbound_max_bytes: key bytes that one source may have lying here, unused.
         quota: per SAE pair where the access rule names none; None for no limit.
         border: foreign key managers met at this node; None for none.
         buffers: pairs with a foreign slave whose keys are kept ready.

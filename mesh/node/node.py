@@ -164,6 +164,7 @@ def key_plane_config(config: NodeConfig) -> KeyPlaneConfig:
         high_water_bytes=reserves.high_water_bytes,
         low_water_bytes=reserves.low_water_bytes or reserves.high_water_bytes * 3 // 4,
         transfer_max_bytes=reserves.transfer_max_bytes,
+        inbound_max_bytes=reserves.inbound_max_bytes,
         key_lifetime_s=reserves.key_lifetime_s,
         request_timeout_s=limits.request_timeout_s,
         prefill=reserves.prefill,

@@ -561,7 +561,7 @@ async def test_5_1_a_corrupt_kme_draws_in_anothers_name(line: KeyNetwork) -> Non
 
 async def test_3_9_a_source_cannot_fill_the_target_without_end(tmp_path: Path) -> None:
     network = KeyNetwork(tmp_path, LINE)
-    network.config = replace(network.config, inbound_max_bytes=48 * 10)
+    network.config = replace(network.config, inbound_max_bytes=32 * 10)
     await network.start()
     try:
         await network.get("sae-a", "sae-c", 10)
