@@ -222,7 +222,7 @@ class Border:
                 ledger, peer, association, keys, callback=callback, extension=extension, places=places
             )
 
-        return await self._run_watched(peer_id, change, watch, wait_s, AckStatus.FAILED)
+        return await self._run_watched(peer_id, change, watch, wait_s)
 
     async def ack_keys(self, peer_id: str, acks: Sequence[Ack]) -> None:
         """Applies a peer's acks, all or none.
@@ -256,7 +256,7 @@ class Border:
         def change(ledger: Ledger) -> None:
             self._settlements.void(ledger, peer, association, key_ids, is_all=is_all, callback=callback)
 
-        return await self._run_watched(peer_id, change, watch, wait_s, AckStatus.FAILED_TO_VOID)
+        return await self._run_watched(peer_id, change, watch, wait_s)
 
     def holds(self, key_ids: Sequence[bytes]) -> bool:
         """Whether anything is held for any of these keys."""
@@ -441,7 +441,6 @@ class Border:
         change: Callable[[Ledger], None],
         watch: _Watch | None,
         wait_s: float,
-        otherwise: AckStatus,
     ) -> Results:
         try:
             await self._run(change)
@@ -451,8 +450,9 @@ class Border:
                 async with asyncio.timeout(wait_s):
                     await watch.done.wait()
             except TimeoutError:
+                # What is left out must be retried or voided by the peer (020 on key association).
                 _LOG.warning("a synchronous request was answered before its end", extra={"peer": peer})
-            return {**dict.fromkeys(watch.open_ids, otherwise), **watch.results}
+            return watch.results
         finally:
             if watch is not None:
                 self._watches[peer].remove(watch)

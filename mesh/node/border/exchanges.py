@@ -132,6 +132,8 @@ class Exchanges:
                 fresh.append(key)
                 continue
             _check_repeated(ledger, own, association, key, is_held=is_held)
+            # The latest request says where its results go; without a URL somebody waits for them.
+            ledger.redirect(own.exchange_id, callback)
             ledger.inbound(own, InboundEvent.REPEATED)
         if fresh:
             self.check_room(peer.kme_id, len(fresh))

@@ -47,6 +47,13 @@ class Ledger:
             found = self._exchanges[exchange_id] = self._border.exchange(exchange_id)
         return found
 
+    def redirect(self, exchange_id: bytes, callback: str) -> None:
+        """The results of an inbound exchange go elsewhere from now on."""
+        exchange = self.exchange(exchange_id)
+        if exchange.callback != callback:
+            self._border.set_callback(exchange_id, callback)
+            self._exchanges[exchange_id] = replace(exchange, callback=callback)
+
     # outbound
 
     def outbound(self, key: BorderKeyRow, event: OutboundEvent) -> BorderKeyRow:

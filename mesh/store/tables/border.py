@@ -168,6 +168,10 @@ class Border(Table):
             row.created_s,
         )
 
+    def set_callback(self, exchange_id: bytes, callback: str) -> None:
+        """Where the results of an exchange go from now on."""
+        self._run("UPDATE border_exchanges SET callback = ? WHERE exchange_id = ?", callback, exchange_id)
+
     def exchange(self, exchange_id: bytes) -> ExchangeRow:
         """The exchange.
 
