@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from uuid import UUID
 
 from gateway.config import GatewayConfig
 from gateway.etsi014.routes import Etsi014
@@ -35,7 +34,7 @@ _LOG = logging.getLogger("keymesh.gateway")
 
 
 class KeyAudit:
-    """``AuditTrail`` over the process's audit log: one line per key_ID, one write per call.
+    """``AuditTrail`` over the process's audit log: one line per call.
 
     Args:
         log: the log.
@@ -50,7 +49,7 @@ class KeyAudit:
         method: str,
         master: str,
         slave: str,
-        key_ids: Sequence[UUID],
+        key_ids: Sequence[str],
         result: str,
         request_id: str,
         additional_slaves: Sequence[str] = (),
@@ -60,18 +59,17 @@ class KeyAudit:
         Raises:
             UnavailableError: the line could not be written; the keys must not leave.
         """
-        common: dict[str, AuditValue] = {
+        line: dict[str, AuditValue] = {
             "request_id": request_id,
             "master": master,
             "slave": slave,
             "result": result,
         }
         if additional_slaves:
-            common["additional_slaves"] = list(additional_slaves)
+            line["additional_slaves"] = list(additional_slaves)
         if key_ids:
-            self._log.record_all(method, [{**common, "key_id": str(key_id)} for key_id in key_ids])
-        else:
-            self._log.record_all(method, [common])
+            line["key_ids"] = key_ids
+        self._log.record_all(method, [line])
 
 
 class Gateway:

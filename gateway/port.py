@@ -52,10 +52,10 @@ class AuditTrail(Protocol):
         method: str,
         master: str,
         slave: str,
-        key_ids: Sequence[UUID],
+        key_ids: Sequence[str],
         result: str,
         request_id: str,
         additional_slaves: Sequence[str] = (),
     ) -> None:
-        """Write one line per key_ID, or one line without an ID when no key was involved."""
+        """Write one line; ``key_ids`` as text, empty when no key was involved."""
         ...

@@ -128,7 +128,7 @@ class Etsi014:
             )
         grades = _accepted_grades(wanted)
         wants_report = bool(grades) or any(name == GRADE_EXTENSION for name, _ in wanted.optional)
-        key_ids = []
+        key_ids: list[str] = []
         result = "failed"
         try:
             if grades:
@@ -142,7 +142,7 @@ class Etsi014:
                 request_id=request.request_id,
                 timeout_s=self._timeout_s,
             )
-            key_ids = [key.key_id for key in delivered.keys]
+            key_ids = [key.key_id_text for key in delivered.keys]
             result = "withheld"  # spent without being seen, should what follows refuse
             _check_grade(delivered.grade, grades)
             result = "delivered"
@@ -194,7 +194,7 @@ class Etsi014:
                 method="dec_keys",
                 master=master,
                 slave=slave,
-                key_ids=key_ids,
+                key_ids=[str(key_id) for key_id in key_ids],
                 result=result,
                 request_id=request.request_id,
             )

@@ -137,22 +137,19 @@ def test_ids_with_slashes_and_percent_signs_reach_the_node_decoded_once(
     assert dec.json()["keys"] == [key]
 
 
-def test_audit_has_one_line_per_key_and_no_key(host: GatewayThread, network: FakeNetwork) -> None:
+def test_audit_has_one_line_per_call_and_no_key(host: GatewayThread, network: FakeNetwork) -> None:
     a, b = host.start("gw", network.site("kme-a")), host.start("gw-b", network.site("kme-b"))
     enc = ask(host, a, "POST", ENC, {"number": 2, "additional_slave_SAE_IDs": ["sae-b2"]})
     ids = [key["key_ID"] for key in enc.json()["keys"]]
-    lines = audit_lines(host)
-    assert [(line["event"], line["key_id"], line["result"]) for line in lines] == [
-        ("enc_keys", key_id, "delivered") for key_id in ids
-    ]
-    for line in lines:
-        assert (line["master"], line["slave"], line["additional_slaves"]) == ("sae-a1", "sae-b1", ["sae-b2"])
-        assert line["request_id"] == enc.headers["x-request-id"]
+    (line,) = audit_lines(host)
+    assert (line["event"], line["key_ids"], line["result"]) == ("enc_keys", ids, "delivered")
+    assert (line["master"], line["slave"], line["additional_slaves"]) == ("sae-a1", "sae-b1", ["sae-b2"])
+    assert line["request_id"] == enc.headers["x-request-id"]
     with connect(host, b, "sae-b1") as wire:
         target = f"/api/v1/keys/sae-a1/dec_keys?key_ID={ids[0]}"
         assert [wire.request("GET", target).status for _ in range(2)] == [200, 400]
-    results = [(line["event"], line["key_id"], line["result"]) for line in audit_lines(host, "gw-b")]
-    assert results == [("dec_keys", ids[0], "delivered"), ("dec_keys", ids[0], "unknown-key")]
+    results = [(line["event"], line["key_ids"], line["result"]) for line in audit_lines(host, "gw-b")]
+    assert results == [("dec_keys", ids[:1], "delivered"), ("dec_keys", ids[:1], "unknown-key")]
     network.available_bytes = 0
     ask(host, a, "GET", ENC)
     assert audit_lines(host)[-1]["result"] == "out-of-material"
