@@ -272,6 +272,7 @@ class DomainPlanner:
             "limits": msgspec.to_builtins(self.network.limits),
             "quota": msgspec.to_builtins(self.network.quota),
             "access": "open",
+            "gateways": [gateway.id for gateway in node.gateways],
             "audit_log": str(self._dir.audit / f"{node.id}.jsonl"),
         }
         saes = {sae for gateway in node.gateways for sae in gateway.saes}

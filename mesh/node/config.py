@@ -204,6 +204,8 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     # YAML access table; null together with ``access: open`` (labs) admits every SAE pair.
     access_file: str | None = None
     access: Annotated[str, msgspec.Meta(pattern="^(deny|open)$")] = "deny"
+    # Gateways that may ask for keys of the SAEs homed here; null admits every gateway of the domain.
+    gateways: Annotated[list[str], msgspec.Meta(max_length=256)] | None = None
     # tmpfs folder for the proof of a mere process restart; null looks for one.
     proof_dir: str | None = None
     # A character device mixed into keys for two SAEs at this KME; null uses the operating system.

@@ -29,7 +29,7 @@ from mesh.directory.etcd import EtcdClient, EtcdTls
 from mesh.directory.etcd_directory import EtcdDirectory
 from mesh.directory.port import Directory
 from mesh.directory.static import StaticDirectory
-from mesh.errors import ConfigError, MeshError, RolledBackError, UnavailableError
+from mesh.errors import ConfigError, MeshError, NotAuthorizedError, RolledBackError, UnavailableError
 from mesh.node.config import LinkSection, NodeConfig, load_node_config
 from mesh.node.documents import PeerDocuments, build_keeper
 from mesh.node.keymetrics import KeyMetrics
@@ -431,6 +431,7 @@ class Node:
                 KeyDeliveryService(
                     plane,
                     staleness_s=self.directory.staleness_s,
+                    admit=self._admit_gateway,
                     audit=None if audit is None else audit.record_all,
                 ),
             )
@@ -454,7 +455,23 @@ class Node:
                 node_status=self.status,
             ),
         )
-        self.server.add(add_link_service, LinkService(self.links, lambda: caller().id))
+        self.server.add(add_link_service, LinkService(self.links, self._neighbour))
+
+    def _admit_gateway(self) -> None:
+        """A gateway acts only for SAEs registered to it: those of the nodes that name it (5.2)."""
+        who, gateways = caller(), self.config.gateways
+        if who.role is Role.GATEWAY and gateways is not None and who.id not in gateways:
+            raise NotAuthorizedError("this gateway is not registered at this node", facts={"gateway": who.id})
+
+    def _neighbour(self) -> str:
+        """Who opens a link: the certificate's role must be the one that the network document gives it."""
+        who = caller()
+        if who.role is not self._role_of(who.id):
+            raise NotAuthorizedError(
+                "the network document gives this peer another role",
+                facts={"peer": who.id, "role": who.role.value},
+            )
+        return who.id
 
     async def _start_ops(self, stack: contextlib.AsyncExitStack) -> None:
         host, port = split_host_port(self.config.listen.http)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from mesh.core.keyid import text_of
 from mesh.errors import CallerError, ErrorReason, MeshError
 from mesh.node.keyplane import Delivered, KeyPlane
 from mesh.node.services.streamed import StreamedDelivery
@@ -22,6 +23,7 @@ class KeyDeliveryService(StreamedDelivery):
     Args:
         plane: decides.
         staleness_s: age of what the directory said, in seconds.
+        admit: raises if the caller is not one of this node's gateways (protocol 5.2).
         audit: writes one line per element (who, pair, key_IDs, result); raising it withholds the answer.
         readmit: asked for each batch of a stream whether its caller may still call; raises if not.
     """
@@ -31,22 +33,26 @@ class KeyDeliveryService(StreamedDelivery):
         plane: KeyPlane,
         *,
         staleness_s: Callable[[], float],
+        admit: Callable[[], None],
         audit: Audit | None = None,
         readmit: Callable[[Any], None] | None = None,
     ) -> None:
         self._plane = plane
         self._staleness_s = staleness_s
+        self._admit = admit
         self._audit = audit
         self.readmit = readmit
 
     async def GetStatus(self, request: pb.StatusRequest, context: object) -> pb.StatusResponse:
         """What the node can deliver to a pair."""
+        self._admit()
         response = self._plane.status(request)
         response.directory_staleness_s = min(self._staleness_s(), 1e9)
         return response
 
     async def GetKeys(self, request: pb.GetKeysRequest, context: object) -> pb.GetKeysResponse:
         """Draws keys for masters."""
+        self._admit()
         _check_batch(len(request.requests))
         results = await self._plane.get_keys(request.requests)
         if self._audit is not None:
@@ -61,6 +67,7 @@ class KeyDeliveryService(StreamedDelivery):
 
     async def GetKeysById(self, request: pb.GetKeysByIdRequest, context: object) -> pb.GetKeysByIdResponse:
         """Redeems keys for slaves."""
+        self._admit()
         _check_batch(len(request.requests))
         results = await self._plane.get_keys_by_id(request.requests)
         if self._audit is not None:
@@ -75,6 +82,7 @@ class KeyDeliveryService(StreamedDelivery):
 
     async def WatchLevels(self, request: pb.WatchLevelsRequest, context: object) -> AsyncIterator[pb.Level]:
         """Reserve levels, as they change."""
+        self._admit()
         async for level in self._plane.watch_levels(request.peer_kme_id):
             yield level
 
@@ -105,5 +113,5 @@ def _line(master: str, slave: str, request_id: str, result: Delivered) -> dict[s
         line["result"] = result.reason.value
     else:
         line["result"] = "ok"
-        line["key_ids"] = [key_id.hex() for key_id, _ in result.keys]
+        line["key_ids"] = [text_of(key_id) for key_id, _ in result.keys]
     return line
