@@ -12,6 +12,8 @@ from uuid import UUID
 
 import msgspec
 
+from mesh.core.keyid import text_of
+
 
 class DeliveredKey(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One key as handed out: its id (the 16 bytes of a UUID) and its bytes."""
@@ -27,8 +29,7 @@ class DeliveredKey(msgspec.Struct, frozen=True, eq=False, gc=False):
     @property
     def key_id_text(self) -> str:
         """``str(key_id)``."""
-        digits = self.id_bytes.hex()
-        return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+        return text_of(self.id_bytes)
 
     def __repr__(self) -> str:
         return f"DeliveredKey({self.key_id_text}, {len(self.value)} bytes)"

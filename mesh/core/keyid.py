@@ -168,6 +168,12 @@ class PairTagger:
         return _VARIANT | (size & 1) << 61 | total
 
 
+def text_of(key_id: bytes) -> str:
+    """A key_ID of 16 bytes as RFC 9562 writes it; like ``str(UUID(bytes=key_id))``, but quick."""
+    digits = key_id.hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
 def parse(key_id: Buffer) -> KeyAddress | None:
     """The address in a key_ID, or None if it is not 16 bytes of UUID version 8, RFC variant.
 

@@ -13,7 +13,7 @@ from itertools import product
 
 import pytest
 
-from mesh.core.keyid import KeyAddress, PairTagger, issue, matches, parse
+from mesh.core.keyid import KeyAddress, PairTagger, issue, matches, parse, text_of
 
 P = 2**61 - 1
 ADDRESS = KeyAddress(epoch=5, slot=0x123456789, size_bytes=32)
@@ -175,3 +175,8 @@ def test_forgery_bound_over_small_primes(p: int, terms: int) -> None:
             sums = [sum(pow(c, j, p) * x for j, x in enumerate(change, 1)) % p for c in range(p)]
             worst = max(worst, *(sums.count(bet) for bet in range(p)))
     assert worst == terms
+
+
+def test_text_is_as_rfc_9562_writes_it() -> None:
+    key_id = bytes(range(16))
+    assert text_of(key_id) == str(uuid.UUID(bytes=key_id)) == "00010203-0405-0607-0809-0a0b0c0d0e0f"
