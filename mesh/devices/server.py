@@ -11,6 +11,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -116,10 +117,10 @@ class DeviceServer:
     def _end_app(self, end: int) -> web.Application:
         app = web.Application(middlewares=[self._gate(end)], client_max_size=_MAX_BODY)
         base = "/api/v1/keys/{sae_id}"
-        app.router.add_get(f"{base}/status", lambda request: self._status(end, request))
+        app.router.add_get(f"{base}/status", partial(self._status, end))
         for method in ("GET", "POST"):
-            app.router.add_route(method, f"{base}/enc_keys", lambda request: self._enc_keys(end, request))
-            app.router.add_route(method, f"{base}/dec_keys", lambda request: self._dec_keys(end, request))
+            app.router.add_route(method, f"{base}/enc_keys", partial(self._enc_keys, end))
+            app.router.add_route(method, f"{base}/dec_keys", partial(self._dec_keys, end))
         return app
 
     def _gate(self, end: int) -> Any:

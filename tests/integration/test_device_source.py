@@ -1,16 +1,15 @@
-"""The node's device adapter against a simulated device pair: a process of its own, over mTLS."""
+"""The node's device adapter against a simulated device pair over mTLS."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import signal
-import socket
-import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -18,6 +17,8 @@ from uuid import uuid4
 import pytest
 import yaml
 
+from mesh.devices.config import load_config
+from mesh.devices.main import build
 from mesh.errors import CallerError, ErrorReason, UnavailableError
 from mesh.pki.authority import Pki
 from mesh.sources.etsi014_device import Etsi014Device, client_context, connect
@@ -48,7 +49,10 @@ class Pair:
         stem = ("node-a", "node-b")[end]
         return "device-ca.pem", f"{stem}.pem", f"{stem}.key"
 
-    def faults(self, **change: object) -> None:
+    async def faults(self, **change: object) -> None:
+        await asyncio.to_thread(self._put_faults, change)
+
+    def _put_faults(self, change: dict[str, object]) -> None:
         request = urllib.request.Request(
             f"{self.control}/faults", data=json.dumps(change).encode(), method="POST"
         )
@@ -56,59 +60,42 @@ class Pair:
             assert response.status == 200
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [entry.getsockname()[1] for entry in sockets]
-    for entry in sockets:
-        entry.close()
-    return ports
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
+def write_config(folder: Path, *, initial_bytes: int) -> Path:
+    """A device pair that makes no key beyond what it has, and the certificates of all concerned."""
     pki = Pki.create("lab")
-    pki.save(tmp_path)
+    pki.save(folder)
     for sae_id in ("node-a", "node-b", "stranger"):
-        pki.device_client(sae_id).save(tmp_path, sae_id)
-    ports = free_ports(3)
+        pki.device_client(sae_id).save(folder, sae_id)
     ends = {}
-    for letter, port in zip("ab", ports, strict=False):
-        files = pki.device_server(f"qkd-{letter}").save(tmp_path, f"qkd-{letter}")
+    for letter in "ab":
+        files = pki.device_server(f"qkd-{letter}").save(folder, f"qkd-{letter}")
         ends[letter] = {
             "kme_id": f"qkd-{letter}",
             "sae_id": f"node-{letter}",
-            "listen": f"127.0.0.1:{port}",
-            "tls": {"ca": str(tmp_path / "device-ca.pem"), "cert": str(files.cert), "key": str(files.key)},
+            "listen": "127.0.0.1:0",
+            "tls": {"ca": str(folder / "device-ca.pem"), "cert": str(files.cert), "key": str(files.key)},
         }
-    config = tmp_path / "device.yaml"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "device_id": "dev",
-                "rate_bps": 0,
-                "initial_bytes": INITIAL_BYTES,
-                "control": f"127.0.0.1:{ports[2]}",
-                **ends,
-            }
-        )
-    )
-    command = [sys.executable, "-m", "mesh.cli", "qkd-device", "run", "--config", str(config)]
-    process = subprocess.Popen(command)
-    control = f"http://127.0.0.1:{ports[2]}"
+    config = folder / "device.yaml"
+    own = {"device_id": "dev", "rate_bps": 0, "initial_bytes": initial_bytes, "control": "127.0.0.1:0"}
+    config.write_text(yaml.safe_dump(own | ends))
+    return config
+
+
+@asynccontextmanager
+async def running_pair(folder: Path, *, initial_bytes: int = INITIAL_BYTES) -> AsyncIterator[Pair]:
+    """A device pair on real sockets, in this process."""
+    server = build(load_config(write_config(folder, initial_bytes=initial_bytes)))
+    a, b, control = await server.start()
     try:
-        deadline_s = time.monotonic() + 15
-        while True:
-            try:
-                urllib.request.urlopen(f"{control}/readyz", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None
-                assert time.monotonic() < deadline_s
-                time.sleep(0.05)
-        yield Pair(tmp_path, (f"https://127.0.0.1:{ports[0]}", f"https://127.0.0.1:{ports[1]}"), control)
+        yield Pair(folder, (f"https://{a}", f"https://{b}"), f"http://{control}")
     finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        await server.stop()
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
+    async with running_pair(tmp_path) as running:
+        yield running
 
 
 @pytest.fixture
@@ -117,6 +104,27 @@ async def ends(pair: Pair) -> AsyncIterator[tuple[Etsi014Device, Etsi014Device]]
     yield sources
     for source in sources:
         await source.close()
+
+
+async def test_a_process_of_its_own_serves_both_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mesh.cli", "qkd-device", "run", "--config"]
+    config = write_config(tmp_path, initial_bytes=4096)
+    process = await asyncio.create_subprocess_exec(*command, str(config), stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(30):
+            said: dict[str, str] = {}
+            while said.get("event") != "serving":
+                said = json.loads(await process.stderr.readline())
+        pair = Pair(tmp_path, (f"https://{said['end_a']}", f"https://{said['end_b']}"), "")
+        a, b = pair.source(0), pair.source(1)
+        taken = await a.take(4096)
+        assert await b.fetch([key.key_id for key in taken]) == taken
+        await a.close()
+        await b.close()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
 async def test_both_ends_get_the_same_keys(ends: tuple[Etsi014Device, Etsi014Device]) -> None:
@@ -183,7 +191,7 @@ async def test_lost_keys_are_unknown_at_the_other_end(
     pair: Pair, ends: tuple[Etsi014Device, Etsi014Device]
 ) -> None:
     a, b = ends
-    pair.faults(lose_keys=1)
+    await pair.faults(lose_keys=1)
     first, second = await a.take(16384)
     with pytest.raises(CallerError) as caught:
         await b.fetch([first.key_id, second.key_id])
@@ -195,7 +203,7 @@ async def test_a_mismatch_shows_in_the_bytes_only(
     pair: Pair, ends: tuple[Etsi014Device, Etsi014Device]
 ) -> None:
     a, b = ends
-    pair.faults(mismatch_keys=1)
+    await pair.faults(mismatch_keys=1)
     taken = await a.take(16384)
     fetched = await b.fetch([key.key_id for key in taken])
     assert [mine == theirs for mine, theirs in zip(taken, fetched, strict=True)] == [False, True]
@@ -203,7 +211,7 @@ async def test_a_mismatch_shows_in_the_bytes_only(
 
 async def test_a_hanging_device_is_unavailable_then_backed_off_then_back(pair: Pair) -> None:
     source = pair.source(0, timeout_s=0.3)
-    pair.faults(hang=True)
+    await pair.faults(hang=True)
     with pytest.raises(UnavailableError) as caught:
         await source.take(1024)
     assert caught.value.reason is ErrorReason.DEVICE_UNAVAILABLE
@@ -213,7 +221,7 @@ async def test_a_hanging_device_is_unavailable_then_backed_off_then_back(pair: P
         await source.take(1024)
     assert time.monotonic() - began_s < 0.2
     assert caught.value.retry_after_s > 0
-    pair.faults(hang=False)
+    await pair.faults(hang=False)
     await asyncio.sleep(caught.value.retry_after_s + 0.05)
     assert len(await source.take(1024)) == 1
     await source.close()
@@ -224,7 +232,7 @@ async def test_a_restart_cuts_connections_and_loses_what_was_buffered(
 ) -> None:
     a, b = ends
     (key,) = await a.take(1024)
-    pair.faults(restart_s=0.2)
+    await pair.faults(restart_s=0.2)
     with pytest.raises(UnavailableError):
         await a.take(1024)
     await asyncio.sleep(0.6)
