@@ -225,6 +225,9 @@ def check_routes(
     Raises:
         PeerError: PROTOCOL_VIOLATION, naming what is not permitted.
     """
+    for end in (source, target):
+        if end not in document.nodes or document.nodes[end].role is not Role.NODE:
+            raise _refused("routes end at nodes only", node=end)
     policy = document.policy(source, target)
     if grade != policy.grade:
         raise _refused("grade is not the pair's", stated=grade, configured=policy.grade)
