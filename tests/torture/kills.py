@@ -58,7 +58,7 @@ def plan_rounds(lab: Mapping[str, Any], seed: int) -> Iterator[Round]:
     weights = [KINDS[kind] for kind in kinds]
     while True:
         victims = []
-        for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
+        for _ in range(rng.choice((1, 1, 2, 3, 5))):
             kind = rng.choices(kinds, weights)[0]
             victims.append(rng.choice(groups[kind]))
         chosen = tuple(dict.fromkeys(victims))
