@@ -19,7 +19,7 @@ from mesh.client import psrd
 from mesh.client.operator import OperatorTarget, align, as_plain
 from mesh.core.psrd import TABLE_ID_BYTES
 from mesh.core.sizes import format_size, parse_size
-from mesh.errors import ConfigError
+from mesh.errors import CallerError, ConfigError
 from mesh.hub.config import load_hub_config
 from mesh.node.config import NodeConfig, load_node_config
 from mesh.node.psrd_courier import ImportOrder, IssueOrder, check_courier, read_passphrase, wipe_courier
@@ -94,6 +94,11 @@ def add_parser(
     take.add_argument("file", type=Path, metavar="FILE", help="courier file")
     take.add_argument("--peer", required=True, metavar="ID", help="the hub that issued it")
     take.add_argument("--wipe", action="store_true", help="overwrite and remove the file afterwards")
+    take.add_argument(
+        "--once",
+        action="store_true",
+        help="no failure when a file of this name was imported before: for jobs that run again",
+    )
 
     status = _command(commands, "status", "levels, time to empty, tables", _status)
     status.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -179,12 +184,24 @@ def _import(arguments: argparse.Namespace) -> int:
                 passphrase_file=arguments.passphrase_file,
                 wipe_courier_file=arguments.wipe,
             )
-            table_id = psrd.take(_one(arguments), request, bar).table_id
+            try:
+                table_id = psrd.take(_one(arguments), request, bar).table_id
+            except CallerError:
+                if not (arguments.once and _was_imported(arguments, str(file))):
+                    raise
+                sys.stdout.write(f"{file} of {arguments.peer} was imported before\n")
+                return 0
     finally:
         bar.end()
     after = "the courier file is wiped" if arguments.wipe else f"wipe the file: keymesh psrd wipe {file}"
     sys.stdout.write(f"table {table_id.hex()} of {arguments.peer} is imported; {after}\n")
     return 0
+
+
+def _was_imported(arguments: argparse.Namespace, path: str) -> bool:
+    links = psrd.status(_one(arguments)).links
+    tables = [table for link in links if link.peer_kme_id == arguments.peer for table in link.tables]
+    return any(table.path == path and not table.is_issued for table in tables)
 
 
 def _status(arguments: argparse.Namespace) -> int:

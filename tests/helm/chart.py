@@ -117,8 +117,13 @@ class Schemas:
         definitions = json.loads((self._folder / "_definitions.json").read_text(encoding="utf-8"))
         metadata = json.loads((_OURS / "_metadata.json").read_text(encoding="utf-8"))
         resource = referencing.jsonschema.DRAFT202012.create_resource
-        self._registry: referencing.Registry[Any] = referencing.Registry().with_resources(
-            [("_definitions.json", resource(definitions)), ("_metadata.json", resource(metadata))]
+        # Crawled here once: a registry that is not crawls anew for each reference.
+        self._registry: referencing.Registry[Any] = (
+            referencing.Registry()
+            .with_resources(
+                [("_definitions.json", resource(definitions)), ("_metadata.json", resource(metadata))]
+            )
+            .crawl()
         )
         self._validators: dict[Path, Any] = {}
 

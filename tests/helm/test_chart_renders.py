@@ -21,8 +21,12 @@ def test_helm_lints(values: Path) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_fits_its_schema(values: Path, version: str) -> None:
     known = schemas(version)
-    problems = [problem for one in render(values, version) for problem in known.problems(one)]
+    problems = [problem for one in render(values) for problem in known.problems(one)]
     assert problems == []
+
+
+def test_every_cluster_gets_the_same() -> None:
+    assert render(CI_VALUES[0], VERSIONS[0]) == render(CI_VALUES[0], VERSIONS[-1])
 
 
 @EACH_FILE

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from mesh.cli import main
+from mesh.errors import CallerError
 from mesh.hub import psrd_cli
+from mesh.v1.admin_pb2 import PsrdLink, PsrdStatusResponse, PsrdTable
 from tests.fakes.hub_network import HubNetwork
 
 
@@ -88,6 +90,40 @@ def test_without_a_node_or_a_configuration_nothing_is_asked(capsys: pytest.Captu
     assert "give --lab DIR, or --address" in capsys.readouterr().err
     assert keymesh("discard", "xyz", "--peer", "hub-1") == 2
     assert "32 hexadecimal digits" in capsys.readouterr().err
+
+
+def test_a_job_that_runs_again_succeeds_once_the_file_was_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--once forgives a refusal only where a table came from that very file of that very hub."""
+
+    def refuse(*_: object) -> None:
+        raise CallerError("path: cannot be opened: No such file or directory")
+
+    table = PsrdTable(state="imported", path="/courier/one.psrd")
+    links = [PsrdLink(peer_kme_id="hub-1", tables=[table])]
+    monkeypatch.setattr(psrd_cli.psrd, "take", refuse)
+    monkeypatch.setattr(psrd_cli.psrd, "status", lambda _: PsrdStatusResponse(links=links))
+    tool = (
+        "--node",
+        "kme-b",
+        "--address",
+        "localhost:1",
+        "--domain",
+        "d",
+        "--ca",
+        "a",
+        "--cert",
+        "b",
+        "--key",
+        "c",
+    )
+    words = ("import", "/courier/one.psrd", "--peer", "hub-1", *tool)
+    assert keymesh(*words, "--once") == 0
+    assert "was imported before" in capsys.readouterr().out
+    assert keymesh(*words) == 1
+    assert keymesh("import", "/courier/two.psrd", "--peer", "hub-1", *tool, "--once") == 1
+    assert keymesh("import", "/courier/one.psrd", "--peer", "hub-2", *tool, "--once") == 1
 
 
 def test_the_bar_is_for_terminals_only(

@@ -41,6 +41,7 @@ Argument: a dict with "root". Sets in it "members", "nodes", "hubs" (lists of en
 {{- range $root.Values.gateways -}}
 {{- $entry := mergeOverwrite (deepCopy $root.Values.gatewayDefaults) (deepCopy .) -}}
 {{- $_ := set $entry "name" (printf "%s-gateway-%s" $full .id) -}}
+{{- $_ := set $entry "border" (dig "border" dict (get $byId .node | default dict)) -}}
 {{- $gateways = append $gateways $entry -}}
 {{- end -}}
 {{- $peers := dict -}}
@@ -53,7 +54,7 @@ Argument: a dict with "root". Sets in it "members", "nodes", "hubs" (lists of en
 {{- $_ := set . "peers" $peers -}}
 {{- end -}}
 
-{{/* Secrets of an entry: given ones, or what cert-manager fills. Arguments: root, entry, kind (tls, node-tls, etcd). */}}
+{{/* Secrets of an entry: given ones, or what cert-manager fills. Arguments: entry, kind (tls, node-tls, etcd). */}}
 {{- define "keymesh.secret" -}}
 {{- $field := get (dict "tls" "tlsSecret" "node-tls" "nodeTlsSecret" "etcd" "etcdSecret") .kind -}}
 {{- get .entry $field | default (printf "%s-%s" .entry.name .kind) -}}
@@ -88,7 +89,22 @@ Argument: a dict with "root". Sets in it "members", "nodes", "hubs" (lists of en
 {{- with $network.grades.default -}}{{- $_ := set $grades "default" . -}}{{- end -}}
 {{- with $network.grades.pairs -}}{{- $_ := set $grades "pairs" . -}}{{- end -}}
 {{- $document := dict "format" "keymesh-network/1" "serial" (int64 $network.serial) "domain" $root.Values.domain "failure_domains" $network.failureDomains "nodes" $nodes "links" $links "saes" $network.saes "grades" $grades -}}
+{{- with $network.foreign -}}{{- $_ := set $document "foreign" . -}}{{- end -}}
 {{- $document | toPrettyJson -}}
+{{- end -}}
+
+{{/* Name of what a node's border has in the cluster. Arguments: root, id. */}}
+{{- define "keymesh.borderName" -}}{{ printf "%s-border-%s" (include "keymesh.fullname" .root) .id }}{{- end -}}
+
+{{/* Secret of a border's certificate. Arguments: root, id, border. */}}
+{{- define "keymesh.borderSecret" -}}
+{{- .border.tlsSecret | default (printf "%s-tls" (include "keymesh.borderName" .)) -}}
+{{- end -}}
+
+{{/* Port of an https URL. */}}
+{{- define "keymesh.urlPort" -}}
+{{- $port := regexFind ":[0-9]+$" (urlParse .).host | trimPrefix ":" -}}
+{{- $port | default "443" -}}
 {{- end -}}
 
 {{/* True where the chart has a document to publish. */}}

@@ -2,7 +2,7 @@
 Configuration files, as JSON (which is YAML): whole numbers stay whole numbers that way.
 */}}
 
-{{/* Arguments: root, entry. */}}
+{{/* Arguments: root, entry, gateways (collected). */}}
 {{- define "keymesh.memberConfig" -}}
 {{- $root := .root -}}
 {{- $entry := .entry -}}
@@ -31,6 +31,8 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
 {{- end -}}
 {{- $links = append $links $link -}}
 {{- end -}}
+{{- $gatewayIds := list -}}
+{{- range .gateways -}}{{- if eq .node $entry.id -}}{{- $gatewayIds = append $gatewayIds .id -}}{{- end -}}{{- end -}}
 {{- $advertise := $entry.advertise | default (printf "%s:%d" (include "keymesh.host" (dict "root" $root "name" $entry.name)) (int $entry.service.port)) -}}
 {{- $config := dict
   (printf "%s_id" (ternary "hub" "kme" (eq $entry.role "hub"))) $entry.id
@@ -52,6 +54,11 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
 {{- $_ := set $config "access" "open" -}}
 {{- else -}}
 {{- $_ := set $config "access_file" "access.yaml" -}}
+{{- end -}}
+{{- with $entry.border -}}
+{{- $peers := list -}}
+{{- range .peers -}}{{- $peers = append $peers (dict "kme_id" .kmeId "url" .url "prefixes" .prefixes) -}}{{- end -}}
+{{- $_ := set $config "border" (mergeOverwrite (deepCopy (.config | default dict)) (dict "gateways" $gatewayIds "url" .url "peers" $peers)) -}}
 {{- end -}}
 {{- end -}}
 {{- mergeOverwrite (deepCopy $entry.config) $config | toPrettyJson -}}
@@ -79,5 +86,17 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
   "sae_mapping" $mapping
   "limits" $limits
 -}}
+{{- if .entry.border -}}
+{{- $peers := list -}}
+{{- range .entry.border.peers -}}
+{{- $peer := dict "kme_id" .kmeId "url" .url "ca" (printf "border-%s-ca.pem" .kmeId) -}}
+{{- with .names -}}{{- $_ := set $peer "names" . -}}{{- end -}}
+{{- with .fingerprints -}}{{- $_ := set $peer "fingerprints" . -}}{{- end -}}
+{{- with .serverName -}}{{- $_ := set $peer "server_name" . -}}{{- end -}}
+{{- $peers = append $peers $peer -}}
+{{- end -}}
+{{- $border := dict "listen" "0.0.0.0:8444" "cert" "/etc/keymesh/border/tls.crt" "key" "/etc/keymesh/border/tls.key" "deny_list" "deny.txt" "peers" $peers -}}
+{{- $_ := set $config "etsi020" (mergeOverwrite (deepCopy (.entry.config.etsi020 | default dict)) $border) -}}
+{{- end -}}
 {{- mergeOverwrite (deepCopy .entry.config) $config | toPrettyJson -}}
 {{- end -}}

@@ -17,12 +17,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
+{{/* Labels of a pod of one component: no versions, or each new chart would restart every node. Arguments as for
+keymesh.component. */}}
+{{- define "keymesh.podLabels" -}}
+{{ include "keymesh.component" . }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+{{- end -}}
+
 {{/* Selects one component, or one member of it. Arguments: root, component, id (optional). */}}
 {{- define "keymesh.component" -}}
 {{ include "keymesh.selector" .root }}
 app.kubernetes.io/component: {{ .component }}
 {{- with .id }}
-keymesh.io/id: {{ . }}
+keymesh.io/id: {{ . | quote }}
 {{- end }}
 {{- end -}}
 

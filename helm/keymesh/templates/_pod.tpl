@@ -69,6 +69,6 @@ readinessProbe:
 {{- define "keymesh.secretVolume" -}}
 - name: {{ .name }}
   secret:
-    secretName: {{ .secret }}
+    secretName: {{ .secret | quote }}
     defaultMode: 0440
 {{- end -}}

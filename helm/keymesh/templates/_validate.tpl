@@ -22,12 +22,17 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- if or $values.lab.links $values.certificates.labRoots $values.network.saes $values.network.grades.pairs -}}
 {{- fail "lab.links, certificates.labRoots, network.saes and network.grades are for mode lab; a site takes them from the signed document" -}}
 {{- end -}}
+{{- if not $values.hubSpread.required -}}{{- fail "hubSpread.required: only a lab may put two hubs on one machine; this is a security setting" -}}{{- end -}}
 {{- if not $values.network.operatorPublicKey -}}{{- fail "network.operatorPublicKey: a site needs it to check the network document" -}}{{- end -}}
 {{- end -}}
+
+{{- if and $values.network.signedDocument (eq $values.etcd.source "external") -}}{{- fail "network.signedDocument: only the release that hosts the directory publishes it" -}}{{- end -}}
 
 {{- range .members -}}
 {{- $where := printf "%s %s" .role .id -}}
 {{- $own := .id -}}
+{{- /* The StatefulSet's controller appends a hash to the name and makes it a label. */ -}}
+{{- if gt (len .name) 52 -}}{{- fail (printf "%s: the name %s has more than 52 characters; shorten the id or set fullnameOverride" $where .name) -}}{{- end -}}
 {{- $seen := list -}}
 {{- range .links -}}
 {{- if eq .peer $own -}}{{- fail (printf "%s: is linked with itself" $where) -}}{{- end -}}
@@ -37,23 +42,44 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- end -}}
 {{- if and (eq (toString .access) "open") (not $isLab) -}}{{- fail (printf "%s: access open is for mode lab" $where) -}}{{- end -}}
 {{- if and (ne .service.type "ClusterIP") (not .advertise) -}}{{- fail (printf "%s: advertise is needed with a Service of type %s: it is what peers dial" $where .service.type) -}}{{- end -}}
-{{- if and (eq $values.certificates.source "existing") (not (and .tlsSecret .etcdSecret)) -}}{{- fail (printf "%s: certificates.source existing needs tlsSecret and etcdSecret" $where) -}}{{- end -}}
+{{- if and (not $isLab) $values.network.peers (not .advertise) -}}{{- fail (printf "%s: advertise is needed where peers are in other clusters: it is what they dial" $where) -}}{{- end -}}
+{{- if and (eq .role "hub") (dig "podAntiAffinity" false .affinity) -}}{{- fail (printf "%s: affinity.podAntiAffinity: hubSpread decides where hubs are" $where) -}}{{- end -}}
 {{- with .courier -}}
 {{- if and .volume.hostPath (ne $values.security.podStandard "privileged") -}}{{- fail (printf "%s: a courier on a host path needs security.podStandard privileged" $where) -}}{{- end -}}
-{{- if and .imports (eq $values.certificates.source "existing") (not $values.certificates.toolSecret) -}}{{- fail "certificates.toolSecret: needed by import jobs" -}}{{- end -}}
+{{- range .imports -}}
+{{- if not (has .peer $seen) -}}{{- fail (printf "%s: imports a courier file of %s, with which it has no link" $where .peer) -}}{{- end -}}
 {{- end -}}
+{{- end -}}
+{{- with .border -}}
+{{- $served := false -}}
+{{- range $.gateways -}}{{- if eq .node $own -}}{{- $served = true -}}{{- end -}}{{- end -}}
+{{- if not $served -}}{{- fail (printf "%s: border: no gateway of this release speaks for it" $where) -}}{{- end -}}
+{{- $kmes := list -}}
+{{- range .peers -}}
+{{- if or (has .kmeId $kmes) (eq .kmeId $own) (hasKey $byId .kmeId) (hasKey $peers .kmeId) -}}{{- fail (printf "%s: border.peers: %s is named twice, or is of this domain" $where .kmeId) -}}{{- end -}}
+{{- if not (or .names .fingerprints) -}}{{- fail (printf "%s: border.peers: pin %s by names or fingerprints of its certificate" $where .kmeId) -}}{{- end -}}
+{{- $kmes = append $kmes .kmeId -}}
+{{- end -}}
+{{- if and (not $isLab) (eq $values.certificates.source "certManager") (not .tlsSecret) (not $values.certificates.issuers.border.name) -}}{{- fail "certificates.issuers.border.name: needed by a border" -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- range $values.lab.links -}}
+{{- $device := printf "%s-device-%s" (include "keymesh.fullname" $root) (join "-" (sortAlpha .between)) -}}
+{{- if and (not .courier) (gt (len $device) 63) -}}{{- fail (printf "lab.links: the name %s has more than 63 characters; shorten the ids" $device) -}}{{- end -}}
+{{- range .between -}}{{- if not (hasKey $byId .) -}}{{- fail (printf "lab.links: %s is not in this release" .) -}}{{- end -}}{{- end -}}
 {{- end -}}
 
 {{- $gatewayIds := list -}}
 {{- range .gateways -}}
 {{- if has .id $gatewayIds -}}{{- fail (printf "two gateways have the id %q" .id) -}}{{- end -}}
 {{- $gatewayIds = append $gatewayIds .id -}}
+{{- if gt (len .name) 63 -}}{{- fail (printf "gateway %s: the name %s has more than 63 characters; shorten the id or set fullnameOverride" .id .name) -}}{{- end -}}
 {{- $node := get $byId .node | default dict -}}
 {{- if ne (get $node "role") "node" -}}{{- fail (printf "gateway %s: %s is not a node of this release; the path between them stays inside the site" .id .node) -}}{{- end -}}
 {{- if gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas) -}}{{- fail (printf "gateway %s: autoscaling.minReplicas exceeds maxReplicas" .id) -}}{{- end -}}
 {{- $fewest := ternary (int .autoscaling.minReplicas) (int .replicas) .autoscaling.enabled -}}
 {{- if and (gt $fewest 1) (ge (int .minAvailable) $fewest) -}}{{- fail (printf "gateway %s: minAvailable %d of %d pods lets no machine be drained" .id (int .minAvailable) $fewest) -}}{{- end -}}
-{{- if and (eq $values.certificates.source "existing") (not (and .tlsSecret .nodeTlsSecret)) -}}{{- fail (printf "gateway %s: certificates.source existing needs tlsSecret and nodeTlsSecret" .id) -}}{{- end -}}
 {{- if and (ne .service.type "ClusterIP") (not .hosts) -}}{{- fail (printf "gateway %s: hosts is needed with a Service of type %s: SAEs check the name they dial" .id .service.type) -}}{{- end -}}
 {{- end -}}
 
@@ -61,7 +87,7 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- if and .gateways (not $values.certificates.saeRoot.secret) -}}{{- fail "certificates.saeRoot.secret: gateways need the root of the SAEs" -}}{{- end -}}
 {{- if eq $values.certificates.source "certManager" -}}
 {{- $issuers := list -}}
-{{- range $plane := list "node" "gateway" "etcd" -}}
+{{- range $plane := list "node" "gateway" "etcd" "border" -}}
 {{- $issuer := get $values.certificates.issuers $plane -}}
 {{- $isNeeded := or (eq $plane "node") (and (eq $plane "gateway") $values.gateways) (eq $plane "etcd") -}}
 {{- if and $isNeeded (not $issuer.name) -}}{{- fail (printf "certificates.issuers.%s.name: needed" $plane) -}}{{- end -}}
@@ -72,8 +98,6 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- end -}}
 {{- end -}}
 {{- end -}}
-{{- else if ne $values.certificates.source "certManager" -}}
-{{- fail "certificates.labRoots: needs certificates.source certManager" -}}
 {{- end -}}
 {{- range .members -}}
 {{- if and .tlsSecret (eq .tlsSecret $values.certificates.saeRoot.secret) -}}{{- fail (printf "%s %s: the SAE root and a node-plane Secret are the same; the planes have two roots" .role .id) -}}{{- end -}}
@@ -81,9 +105,9 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 
 {{- if and (eq $values.etcd.source "external") (not $values.etcd.external.endpoints) -}}{{- fail "etcd.external.endpoints: needed; or etcd.source bundled in the release that hosts the directory" -}}{{- end -}}
 {{- if and (eq $values.etcd.source "external") $values.networkPolicy.enabled (not $values.etcd.external.cidrs) -}}{{- fail "etcd.external.cidrs: needed by the NetworkPolicies; an empty list would admit every address" -}}{{- end -}}
-{{- if and (eq $values.etcd.source "bundled") (eq $values.certificates.source "existing") (not (and $values.etcd.bundled.tlsSecret $values.etcd.bundled.rootSecret)) -}}{{- fail "etcd.bundled: certificates.source existing needs tlsSecret and rootSecret" -}}{{- end -}}
 {{- if and (eq $values.proof.kind "hostPath") (ne $values.security.podStandard "privileged") -}}{{- fail "proof.kind hostPath needs security.podStandard privileged: the restricted standard forbids host paths" -}}{{- end -}}
 {{- if and $values.test.enabled (not (and $values.test.master.sae $values.test.slave.sae)) -}}{{- fail "test: master.sae and slave.sae are needed" -}}{{- end -}}
+{{- if and $values.test.cidrs (not (or $values.test.master.url $values.test.slave.url)) -}}{{- fail "test.cidrs: without a url there is nothing outside to reach" -}}{{- end -}}
 
 {{- if $values.network.signedDocument -}}
 {{- $parts := splitn "\n\n" 2 $values.network.signedDocument -}}
