@@ -294,3 +294,18 @@ async def test_one_dead_hub_is_no_loss_two_are_a_shortage_that_mends_itself(ocea
     await ocean.until_open("hub-2")
     drawn = await ocean.draw("sae-a", "sae-b")
     assert (await ocean.redeem("sae-b", "sae-a", drawn)).keys == drawn.keys
+
+
+async def test_exact_use_of_tables_for_a_key_and_for_a_batch(ocean: HubNetwork) -> None:
+    """32 for the frame's tag, 80 for tag key and confirm key, 48 a key; on each of the six lanes the same."""
+
+    def positions() -> list[int]:
+        ends = [("kme-a", hub) for hub in ocean.hubs] + [(hub, "kme-b") for hub in ocean.hubs]
+        return [ocean.node(own).links.links[peer].lanes.tx.lane.position for own, peer in ends]
+
+    for number in (1, 64):
+        before = positions()
+        drawn = await ocean.draw("sae-a", "sae-b", number=number)
+        assert (await ocean.redeem("sae-b", "sae-a", drawn)).keys == drawn.keys
+        leg = 32 + 80 + 48 * number
+        await until(lambda wanted=[one + leg for one in before]: positions() == wanted)  # type: ignore[misc]
