@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mesh.cli import main
+from mesh.client import psrd
 from mesh.errors import CallerError
 from mesh.hub import psrd_cli
 from mesh.v1.admin_pb2 import PsrdLink, PsrdStatusResponse, PsrdTable
@@ -102,8 +103,8 @@ def test_a_job_that_runs_again_succeeds_once_the_file_was_imported(
 
     table = PsrdTable(state="imported", path="/courier/one.psrd")
     links = [PsrdLink(peer_kme_id="hub-1", tables=[table])]
-    monkeypatch.setattr(psrd_cli.psrd, "take", refuse)
-    monkeypatch.setattr(psrd_cli.psrd, "status", lambda _: PsrdStatusResponse(links=links))
+    monkeypatch.setattr(psrd, "take", refuse)
+    monkeypatch.setattr(psrd, "status", lambda _: PsrdStatusResponse(links=links))
     tool = (
         "--node",
         "kme-b",
