@@ -166,6 +166,8 @@ def total(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Several runs as one: numbers added, the slowest of each, notes with their seed."""
     first, *rest = results
     summed = dict(first)
+    if not rest:
+        return summed
     for one in rest:
         for name, value in one.items():
             if name in ("slowest_s", "heal_s"):
@@ -200,10 +202,12 @@ def main() -> int:
             LabUnderTest(folder / "lab").down()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        if results:
+            write_result(folder, total(results))
         run = Run(folder, arguments.duration, arguments.seed + len(results))
         run.run()
         results.append(run.result)
-        result = results[0] if len(results) == 1 else total(results)
+        result = total(results)
         write_result(folder, result)
         for note in run.result["notes"]:
             print(f"torture: {note}")
