@@ -54,9 +54,13 @@ class Root:
         )
 
     def issue(self, common_name: str, stem: str = "") -> Papers:
-        """A certificate for both ends of a connection on this machine."""
+        """A certificate for both ends of a connection on this machine; it names ``COMMON_NAME.example``."""
         key = ec.generate_private_key(ec.SECP256R1())
-        hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        hosts = [
+            x509.DNSName(f"{common_name}.example"),
+            x509.DNSName("localhost"),
+            x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        ]
         both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
         certificate = (

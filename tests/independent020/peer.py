@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import ssl
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -64,6 +65,8 @@ class Reply:
         is_cut: half an answer, then the same.
         location: where a redirect points.
         is_early: what follows (acks) is said before the answer.
+        document: the body of the answer, instead of the right one.
+        is_instant: 200 with the acks, as if it had been asked to wait for them.
     """
 
     status: int = 0
@@ -73,6 +76,8 @@ class Reply:
     is_cut: bool = False
     location: str = ""
     is_early: bool = False
+    document: Any = None
+    is_instant: bool = False
 
 
 HONEST = Reply()
@@ -156,15 +161,19 @@ class Kms:
 
     # life
 
-    async def start(self, port: int = 0) -> None:
-        """Listens and is ready to dial."""
+    async def start(self, listener: socket.socket | None = None) -> None:
+        """Listens, at a socket if one is given, and is ready to dial."""
         app = web.Application(client_max_size=8 << 20)
         app.router.add_get(m.VERSIONS, self._versions)
         for path in (m.KEYS, m.ACK, m.VOID):
             app.router.add_post(path, self._serve)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", port, ssl_context=self._server_tls)
+        site: web.BaseSite
+        if listener is None:
+            site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._server_tls)
+        else:
+            site = web.SockSite(self._runner, listener, ssl_context=self._server_tls)
         await site.start()
         self.url = f"https://localhost:{self._runner.addresses[0][1]}"
         connector = aiohttp.TCPConnector(ssl=self._client_tls, limit=0)
@@ -209,6 +218,11 @@ class Kms:
         status, answer, follow = 503, None, None
         if reply.is_heeded:
             status, answer, follow = self._heed(request.path, document, plan)
+        if isinstance(document, dict) and reply.is_instant:
+            keys = m.read_keys(document)
+            for one in keys.values:
+                self.held[one].state = RELAYED
+            status, answer = 200, [m.ack_document(m.RELAYED, keys.values, keys.names)]
         if follow is not None and reply.is_early:
             await follow
         elif follow is not None:
@@ -219,6 +233,7 @@ class Kms:
         if reply.status or not reply.is_heeded:
             status = reply.status or status
             answer = _excuse(status)
+        answer = reply.document or answer
         headers = {"Location": reply.location} if reply.location else None
         if answer is None:
             return web.Response(status=status, headers=headers, content_type="application/json")

@@ -68,7 +68,11 @@ async def two(tmp_path: Path) -> AsyncIterator[Two]:
     assert east.complaints == west.complaints == []
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+# Not asked for, and therefore not looked at by this peer.
+NOT_UNDERSTOOD = {"acks in the answer"}
+
+
+@pytest.mark.parametrize("trouble", sorted(TROUBLES.keys() - NOT_UNDERSTOOD))
 async def test_two_peers_agree_in_the_end(two: Two, trouble: str) -> None:
     plan, released = TROUBLES[trouble]
     two.west.plans["west-b"] = plan()

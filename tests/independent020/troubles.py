@@ -54,8 +54,8 @@ async def _containers(kms: Kms, keys: Keys) -> None:
     await kms.ack(_callback(keys), *((m.RELAYED, [one], keys.names) for one in keys.values))
 
 
-async def _silent(_kms: Kms, _keys: Keys) -> None:
-    pass
+async def silent(_kms: Kms, _keys: Keys) -> None:
+    """It says nothing."""
 
 
 async def _some(kms: Kms, keys: Keys) -> None:
@@ -118,6 +118,12 @@ async def _misnaming(kms: Kms, keys: Keys) -> None:
         assert (answer.status, answer.problem()[0]) == (400, "key-not-present")
 
 
+async def _tardy(kms: Kms, keys: Keys) -> None:
+    """Relayed, once the sender has given up already."""
+    await until(lambda: any(kms.heard(m.VOID, one) for one in keys.values), timeout_s=20)
+    await relay(kms, keys)
+
+
 async def _voiding(kms: Kms, keys: Keys) -> None:
     """Instead of an ack it wants all voided."""
     for one in keys.values:
@@ -169,7 +175,7 @@ TROUBLES: dict[str, tuple[Callable[[], Plan], Released]] = {
     "acks split": (lambda: Plan(say=_split), Released.YES),
     "acks in containers": (lambda: Plan(say=_containers), Released.YES),
     "acks before the answer": (lambda: Plan(keys=iter([Reply(is_early=True)])), Released.YES),
-    "acks never": (lambda: Plan(say=_silent), Released.NO),
+    "acks never": (lambda: Plan(say=silent), Released.NO),
     "acks for some only": (lambda: Plan(say=_some), Released.NO),
     "acks mixed": (lambda: Plan(say=_mixed), Released.NO),
     "acks failed": (lambda: Plan(say=_failed), Released.NO),
@@ -179,6 +185,12 @@ TROUBLES: dict[str, tuple[Callable[[], Plan], Released]] = {
     "acks voided unasked": (lambda: Plan(say=_unasked_voided), Released.NO),
     "acks with an unknown id": (lambda: Plan(say=_boasting), Released.YES),
     "acks under other names": (lambda: Plan(say=_misnaming), Released.NO),
+    "acks relayed once nobody waits": (
+        lambda: Plan(say=_tardy, voids=iter([UNHEEDED_503] * 2)),
+        Released.NO,
+    ),
+    "acks in the answer": (lambda: Plan(keys=iter([Reply(is_instant=True)]), say=silent), Released.YES),
+    "nonsense in the answer": (lambda: Plan(keys=iter([Reply(document={"keys": 1})])), Released.YES),
     "void instead of an ack": (lambda: Plan(say=_voiding), Released.NO),
     "void after relayed": (lambda: Plan(say=_relayed_and_voiding), Released.EITHER),
     "reset after the body": (lambda: Plan(keys=iter([Reply(is_reset=True)])), Released.YES),
@@ -187,16 +199,16 @@ TROUBLES: dict[str, tuple[Callable[[], Plan], Released]] = {
         Released.YES,
     ),
     "half an answer": (lambda: Plan(keys=iter([Reply(is_cut=True)])), Released.YES),
-    "reset for ever": (lambda: Plan(keys=repeat(Reply(is_reset=True)), say=_silent), Released.NO),
+    "reset for ever": (lambda: Plan(keys=repeat(Reply(is_reset=True)), say=silent), Released.NO),
     "408 once": (lambda: Plan(keys=iter([Reply(408, is_heeded=False)])), Released.YES),
     "408 although stored": (lambda: Plan(keys=iter([Reply(408)])), Released.YES),
     "503 once": (lambda: Plan(keys=iter([UNHEEDED_503])), Released.YES),
-    "503 although stored": (lambda: Plan(keys=repeat(Reply(503)), say=_silent), Released.NO),
+    "503 although stored": (lambda: Plan(keys=repeat(Reply(503)), say=silent), Released.NO),
     "503 for ever": (lambda: Plan(keys=repeat(UNHEEDED_503)), Released.NO),
     "400, nothing stored": (lambda: Plan(keys=repeat(Reply(400, is_heeded=False))), Released.NO),
     "401, nothing stored": (lambda: Plan(keys=repeat(Reply(401, is_heeded=False))), Released.NO),
     "stored and reset, then 400": (
-        lambda: Plan(keys=chain([Reply(is_reset=True)], repeat(Reply(400, is_heeded=False))), say=_silent),
+        lambda: Plan(keys=chain([Reply(is_reset=True)], repeat(Reply(400, is_heeded=False))), say=silent),
         Released.NO,
     ),
     "500 once": (lambda: Plan(keys=iter([Reply(500, is_heeded=False)])), Released.YES),
@@ -206,17 +218,17 @@ TROUBLES: dict[str, tuple[Callable[[], Plan], Released]] = {
     ),
     "voids 503, reset, 408 first": (
         lambda: Plan(
-            say=_silent,
+            say=silent,
             voids=iter([UNHEEDED_503, Reply(is_reset=True, is_heeded=False), Reply(408, is_heeded=False)]),
         ),
         Released.NO,
     ),
     "voids done but the answer lost": (
-        lambda: Plan(say=_silent, voids=iter([Reply(is_reset=True)])),
+        lambda: Plan(say=silent, voids=iter([Reply(is_reset=True)])),
         Released.NO,
     ),
     "voids not acked at first": (
-        lambda: Plan(say=_silent, say_void=_void_silent_once()),
+        lambda: Plan(say=silent, say_void=_void_silent_once()),
         Released.NO,
     ),
 }
