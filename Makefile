@@ -65,6 +65,10 @@ lock: $(VENV)/.dev ## Compile the locks afresh (requirements/*.txt)
 demo: $(VENV)/.lab ## Two applications across a metro get the same key; measure it (build/demo)
 	@$(BIN)/keymesh lab demo --dir build/demo
 
+.PHONY: paper
+paper: $(VENV)/.lab ## The paper's transatlantic experiment, measured beside its figures (build/paper; DURATION=seconds)
+	@$(BIN)/keymesh lab paper --dir build/paper --duration $(DURATION)
+
 .PHONY: ocean
 ocean: $(VENV)/.lab ## Keys over three hubs across an emulated ocean; kill hubs, let one lie (build/ocean)
 	@set -e; run() { $(BIN)/keymesh lab run --dir build/ocean --scenario "$$@"; }; \

@@ -389,6 +389,14 @@ def _add_lab(commands: Commands[argparse.ArgumentParser]) -> None:
         "--stand-in", type=Path, metavar="FILE", help="Python file that runs in a hub's place (hub-liar)"
     )
     demo = _command(group, "demo", "bring metro up, measure it, draw the picture, stop it", _lab_demo)
+    paper = _command(group, "paper", "repeat the paper's measurement on its network", _lab_paper)
+    paper.add_argument(
+        "--duration", type=float, default=60.0, metavar="SECONDS", help="of measuring (default 60)"
+    )
+    paper.add_argument(
+        "--round-trip", type=float, default=85.0, metavar="MS", help="of the emulated ocean (default 85)"
+    )
+    paper.add_argument("--dir", type=Path, default=Path("build/paper"), metavar="DIR", help="for the results")
     for parser in (up, down, restart, run):
         parser.add_argument("--dir", type=Path, required=True, metavar="DIR", help="the lab's directory")
     demo.add_argument("--dir", type=Path, default=Path("build/demo"), metavar="DIR", help="for the results")
@@ -450,6 +458,14 @@ def _lab_demo(arguments: argparse.Namespace) -> int:
     from mesh.lab.demo import run_demo
 
     return run_demo(arguments.dir)
+
+
+def _lab_paper(arguments: argparse.Namespace) -> int:
+    from mesh.lab.paper import run_paper
+
+    if arguments.duration <= 0 or arguments.round_trip <= 0:
+        raise ConfigError("--duration and --round-trip must be more than 0")
+    return run_paper(arguments.dir, duration_s=arguments.duration, round_trip_ms=arguments.round_trip)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import msgspec
 from mesh.errors import ErrorReason, IntegrityError, MeshError
 from mesh.lab.control import Progress, restart_processes, rewrite_config, start_lab, stop_lab
 from mesh.lab.encryptor import Encryptor, FetchedKey, RefusedError
-from mesh.lab.measure import Stopwatch, Summary, summarise
+from mesh.lab.measure import PAPER_DEC_MS, PAPER_ENC_MS, Stopwatch, Summary, summarise
 from mesh.lab.networks import Lab, Network, load_network
 from mesh.lab.picture import Bar, draw_bars
 from mesh.lab.ready import DeliveryCheck, encryptor, wait_until
@@ -35,8 +35,6 @@ DEVICE_BYTES = 8 << 20
 _KEY_BYTES = 32
 _WARM_UP = 10
 _FILL_TIMEOUT_S = 40.0
-# Toshiba Europe and Quantum Bridge: mean and standard deviation, ms.
-PAPER_ENC, PAPER_DEC = (365.0, 81.0), (18.0, 5.0)
 
 
 class Demo:
@@ -173,10 +171,10 @@ class Demo:
         )
         draw_bars(
             [
-                Bar("get a key\npaper", *PAPER_ENC, is_paper=True),
+                Bar("get a key\npaper", *PAPER_ENC_MS, is_paper=True),
                 Bar("get a key\nreserve empty, made on demand", on_demand["mean"], on_demand["std"], False),
                 Bar("get a key\nfrom the reserve", reserve["mean"], reserve["std"], False),
-                Bar("fetch it at the other end\npaper", *PAPER_DEC, is_paper=True),
+                Bar("fetch it at the other end\npaper", *PAPER_DEC_MS, is_paper=True),
                 Bar("fetch it at the other end", dec["mean"], dec["std"], False),
             ],
             title=f"A key between {self._network.nodes[0].id} and {self._network.nodes[-1].id}",
@@ -184,9 +182,9 @@ class Demo:
             path=self._folder / "latency.png",
         )
         rows = [
-            ("get a key, reserve empty (on demand)", on_demand, PAPER_ENC),
-            ("get a key, reserve filled", reserve, PAPER_ENC),
-            ("fetch it at the other end", dec, PAPER_DEC),
+            ("get a key, reserve empty (on demand)", on_demand, PAPER_ENC_MS),
+            ("get a key, reserve filled", reserve, PAPER_ENC_MS),
+            ("fetch it at the other end", dec, PAPER_DEC_MS),
         ]
         print()
         print(f"{'milliseconds per 256-bit key':38}{'n':>6}{'mean':>9}{'std':>8}{'p50':>8}{'p99':>8}   paper")
