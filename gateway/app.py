@@ -20,6 +20,7 @@ from gateway.http import RestServer
 from gateway.identity import Caller, load_mapper, read_certificate
 from gateway.port import KeyService
 from gateway.telemetry import Telemetry
+from gateway.tracing import traced
 from mesh.client import ConfigError
 from mesh.client.border import BorderClient
 from mesh.ops.audit import AuditLog, AuditValue
@@ -126,7 +127,7 @@ class Gateway:
             timeout_s=limits.request_timeout_s,
         )
         self._rest = RestServer(
-            self._api,
+            traced(self._api),
             identify=self._identify,
             is_denied=lambda caller: self._deny_list.denies(
                 fingerprint=caller.fingerprint, serial=caller.serial

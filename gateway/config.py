@@ -14,6 +14,7 @@ import msgspec
 from gateway.identity import MappingSettings
 from gateway.settings import read_settings
 from mesh.ops.http import split_host_port
+from mesh.ops.tracing import TracingSection
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
@@ -140,6 +141,7 @@ class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     limits: Limits = Limits()
     etsi020: Etsi020Settings | None = None
     log: LogSettings = LogSettings()
+    tracing: TracingSection | None = None
 
 
 def load_config(path: Path) -> GatewayConfig:

@@ -15,6 +15,7 @@ from mesh.client import ConfigError, MeshClient
 from mesh.ops.logging import setup_logging
 from mesh.ops.runtime import EXIT_CONFIG, run
 from mesh.ops.tls import TlsFiles
+from mesh.ops.tracing import close_tracing, setup_tracing
 
 
 def main(config_path: str | Path) -> int:
@@ -28,10 +29,14 @@ def main(config_path: str | Path) -> int:
         config = load_config(path)
         log_file = path.parent / config.log.file if config.log.file else None
         setup_logging(level=config.log.level, file=log_file, facts={"gateway": config.gateway_id})
+        setup_tracing(config.tracing, role="gateway", member=config.gateway_id, base=path.parent)
     except ConfigError as error:
         sys.stderr.write(f"keymesh: gateway: {error}\n")
         return EXIT_CONFIG
-    return run(lambda stop: _serve(config, path.parent, stop), name=f"gateway {config.gateway_id}")
+    try:
+        return run(lambda stop: _serve(config, path.parent, stop), name=f"gateway {config.gateway_id}")
+    finally:
+        close_tracing()
 
 
 async def _serve(config: GatewayConfig, base: Path, stop: asyncio.Event) -> None:

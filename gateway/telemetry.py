@@ -49,3 +49,27 @@ class Telemetry:
     def failed(self, method: str, reason: str) -> None:
         """Something ended without an answer."""
         self._errors.labels(method, reason).inc()
+
+
+class PeerTelemetry:
+    """What other owners' key managers answer, by peer and kind of request (``keys``, ``acks``, ``void``)."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._requests = metrics.counter(
+            "gateway_peer_requests",
+            "Requests posted to a key manager; code none for no answer.",
+            ["peer", "kind", "code"],
+        )
+        self._seconds = metrics.histogram(
+            "gateway_peer_request_seconds", "From posting to the answer, or to its lack.", ["peer", "kind"]
+        )
+        self._up = metrics.gauge("gateway_peer_up", "1 while a key manager answers.", ["peer"])
+
+    def performed(self, peer: str, kind: str, code: int | None, seconds: float) -> None:
+        """One request was posted, or could not be."""
+        self._requests.labels(peer, kind, "none" if code is None else str(code)).inc()
+        self._seconds.labels(peer, kind).observe(seconds)
+
+    def answers(self, peer: str, is_up: bool) -> None:
+        """Whether a peer answers."""
+        self._up.labels(peer).set(is_up)

@@ -29,6 +29,7 @@ from gateway.etsi020.schema import (
     encode_void,
     problem_type,
 )
+from gateway.telemetry import PeerTelemetry
 from mesh.client import ConfigError, MeshError, NotAuthorizedError
 from mesh.client.border import Job, Outcome, PostAcks, PostKeys
 from mesh.ops.certificates import fingerprint_of, serial_of
@@ -70,15 +71,23 @@ class PeerClient:
         base: directory that relative paths start from.
         pins: the pins in force.
         deny_list: certificates that are refused.
+        telemetry: told whether peers answer.
 
     Raises:
         ConfigError: a certificate that cannot be used, in words.
     """
 
     def __init__(
-        self, settings: Etsi020Settings, *, base: Path, pins: Callable[[], Pins], deny_list: DenyList
+        self,
+        settings: Etsi020Settings,
+        *,
+        base: Path,
+        pins: Callable[[], Pins],
+        deny_list: DenyList,
+        telemetry: PeerTelemetry,
     ) -> None:
         self._settings = settings
+        self._telemetry = telemetry
         self._pins = pins
         self._deny_list = deny_list
         self._peers = {peer.kme_id: self._peer(peer, base) for peer in settings.peers}
@@ -137,6 +146,7 @@ class PeerClient:
     async def _keep_warm(self, peer: _Peer) -> None:
         while True:
             trouble = await self._ask_versions(peer)
+            self._telemetry.answers(peer.settings.kme_id, not trouble)
             if trouble != peer.trouble:
                 peer.trouble = trouble
                 extra = {"peer": peer.settings.kme_id, "cause": trouble}

@@ -10,11 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from gateway.telemetry import PeerTelemetry
 from mesh.client import MeshError, UnavailableError
 from mesh.client.border import BorderClient, Job, Outcome
+from mesh.ops.logging import clean_request_id, serving
+from mesh.ops.tracing import span
 
 _LOG = logging.getLogger("keymesh.gateway")
 
@@ -30,11 +34,18 @@ class JobRunner:
         border: the node.
         perform: does one request within its lease; never raises what a peer caused.
         max_jobs: at once.
+        telemetry: counts what peers answer.
     """
 
     def __init__(
-        self, border: BorderClient, perform: Callable[[Job], Awaitable[Outcome]], *, max_jobs: int
+        self,
+        border: BorderClient,
+        perform: Callable[[Job], Awaitable[Outcome]],
+        *,
+        max_jobs: int,
+        telemetry: PeerTelemetry,
     ) -> None:
+        self._telemetry = telemetry
         self._border = border
         self._perform = perform
         self._max_jobs = max_jobs
@@ -63,11 +74,21 @@ class JobRunner:
             await asyncio.sleep(pause_s)
 
     async def _one(self, job: Job) -> None:
+        with serving(clean_request_id(job.request_id)), span("post", peer=job.peer, kind=job.kind) as own:
+            began_s = time.perf_counter()
+            outcome = await self._performed(job)
+            self._telemetry.performed(job.peer, job.kind, outcome.http_status, time.perf_counter() - began_s)
+            own.note({"http.response.status_code": outcome.http_status or 0})
+            await self._complete(job, outcome)
+
+    async def _performed(self, job: Job) -> Outcome:
         try:
-            outcome = await self._perform(job)
+            return await self._perform(job)
         except Exception as error:  # noqa: BLE001 - the node must hear of a fault of ours, too
             _LOG.exception("request to a peer failed", extra={"peer": job.peer})
-            outcome = Outcome(problem=type(error).__name__, was_sent=True)
+            return Outcome(problem=type(error).__name__, was_sent=True)
+
+    async def _complete(self, job: Job, outcome: Outcome) -> None:
         try:
             if not await self._border.complete_job(job.lease_id, outcome, timeout_s=COMPLETE_TIMEOUT_S):
                 _LOG.warning("a lease ended before its request", extra={"peer": job.peer})

@@ -21,7 +21,8 @@ from gateway.etsi020.jobs import JobRunner
 from gateway.etsi020.routes import METHODS, Etsi020
 from gateway.exchange import Identified
 from gateway.http import RestServer
-from gateway.telemetry import Telemetry
+from gateway.telemetry import PeerTelemetry, Telemetry
+from gateway.tracing import traced
 from mesh.client import ConfigError
 from mesh.client.border import BorderClient
 from mesh.ops.certificate_expiry import expiry_gauge
@@ -68,8 +69,10 @@ class BorderSide:
             expiry=expiry_gauge(metrics).labels("etsi020"),
         )
         self._rest = RestServer(
-            Etsi020(
-                border, timeout_s=limits.request_timeout_s, synchronous_wait_s=settings.synchronous_wait_s
+            traced(
+                Etsi020(
+                    border, timeout_s=limits.request_timeout_s, synchronous_wait_s=settings.synchronous_wait_s
+                )
             ),
             identify=self._identify,
             is_denied=lambda caller: self._deny_list.denies(
@@ -78,8 +81,13 @@ class BorderSide:
             limits=self._limits,
             telemetry=Telemetry(metrics, METHODS),
         )
-        self._client = PeerClient(settings, base=base, pins=lambda: self._pins, deny_list=self._deny_list)
-        self._runner = JobRunner(border, self._client.perform, max_jobs=settings.max_jobs)
+        telemetry = PeerTelemetry(metrics)
+        self._client = PeerClient(
+            settings, base=base, pins=lambda: self._pins, deny_list=self._deny_list, telemetry=telemetry
+        )
+        self._runner = JobRunner(
+            border, self._client.perform, max_jobs=settings.max_jobs, telemetry=telemetry
+        )
         self._listener: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.port = 0

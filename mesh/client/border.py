@@ -103,6 +103,11 @@ class Job:
     body: PostKeys | PostAcks | PostVoid
     request_id: str
 
+    @property
+    def kind(self) -> str:
+        """``keys``, ``acks`` or ``void``: for logs and metrics."""
+        return type(self.body).__name__.removeprefix("Post").lower()
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

@@ -26,6 +26,7 @@ from mesh.node.config import (
     checked,
     load_yaml,
 )
+from mesh.ops.tracing import TracingSection
 
 _Natural = Annotated[int, msgspec.Meta(ge=0)]
 _HostPort = Annotated[str, msgspec.Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
@@ -72,6 +73,7 @@ class HubConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen
     redial_min_s: Annotated[float, msgspec.Meta(gt=0)] = 0.5
     redial_max_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 60.0
     log: LogSection = LogSection()
+    tracing: TracingSection | None = None
     # Records every used pad range (never bytes) for audits; for tests.
     pad_audit_file: str | None = None
 
@@ -109,6 +111,7 @@ def as_node(config: HubConfig) -> NodeConfig:
         redial_min_s=config.redial_min_s,
         redial_max_s=config.redial_max_s,
         log=config.log,
+        tracing=config.tracing,
         pad_audit_file=config.pad_audit_file,
     )
 

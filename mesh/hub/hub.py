@@ -32,6 +32,7 @@ from mesh.ops.logging import setup_logging
 from mesh.ops.metrics import Metrics
 from mesh.ops.runtime import EXIT_CONFIG
 from mesh.ops.runtime import run as run_process
+from mesh.ops.tracing import close_tracing, setup_tracing
 from mesh.rpc.channels import ChannelPool
 from mesh.v1.link_pb2 import ShareItem
 
@@ -148,7 +149,11 @@ def run(config_path: str | Path) -> int:
             file=None if config.log.file is None else Path(config.log.file),
             facts={"hub": config.kme_id},
         )
+        setup_tracing(config.tracing, role="hub", member=config.kme_id)
     except ConfigError as error:
         sys.stderr.write(f"keymesh: hub: {error}\n")
         return EXIT_CONFIG
-    return run_process(lambda stop: _serve(settings, config, stop), name=f"hub {config.kme_id}")
+    try:
+        return run_process(lambda stop: _serve(settings, config, stop), name=f"hub {config.kme_id}")
+    finally:
+        close_tracing()

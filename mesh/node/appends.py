@@ -36,6 +36,7 @@ from mesh.node.reserves import Reserves
 from mesh.node.routewatch import RouteWatch
 from mesh.node.tasks import Background
 from mesh.ops.logging import log_soon, request_id
+from mesh.ops.tracing import span
 from mesh.store.store import Store
 from mesh.store.tables import AppendKind, AppendRow, ReserveRow, Tables
 from mesh.v1.peer_pb2 import ConfirmRequest, TransferAnswer, TransferQuery
@@ -170,6 +171,10 @@ class Appender:
     # appending
 
     async def _append(self, verified: Verified) -> None:
+        with span("append", source=verified.header.transfer.source, slots=verified.header.slot_count):
+            await self._append_and_confirm(verified)
+
+    async def _append_and_confirm(self, verified: Verified) -> None:
         header = verified.header
         try:
             parts = split_secret(verified.secret, len(header.attachment))

@@ -14,6 +14,7 @@ import msgspec
 
 from mesh.core.names import check_domain_id, check_kme_id, check_sae_id
 from mesh.errors import CallerError, ConfigError
+from mesh.ops.tracing import TracingSection
 from mesh.ops.yamltext import decode_yaml
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -219,6 +220,8 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     foreign_buffers: Annotated[list[BufferedPair], msgspec.Meta(max_length=4096)] = []
     audit_log: str | None = None
     log: LogSection = LogSection()
+    # Spans of requests, to an OpenTelemetry collector; null for none.
+    tracing: TracingSection | None = None
     # Records every used pad range (never bytes) for audits; for tests.
     pad_audit_file: str | None = None
 
@@ -359,4 +362,5 @@ def _resolve(config: NodeConfig, base: Path) -> NodeConfig:
             for link in config.links
         ],
         log=resolved(config.log, "file"),
+        tracing=None if config.tracing is None else resolved(config.tracing, "ca"),
     )

@@ -36,6 +36,7 @@ from mesh.node.routewatch import RouteWatch
 from mesh.node.tasks import Background
 from mesh.node.underway import BULK, Order, RouteError, Transfer, Underway, short_of_routes
 from mesh.ops.logging import log_soon, request_id
+from mesh.ops.tracing import span
 from mesh.v1.link_pb2 import ShareItem
 from mesh.v1.peer_pb2 import ConfirmRequest, RouteReport, TransferAnswer, TransferQuery
 
@@ -103,7 +104,8 @@ class Establisher:
         began_s = self._around.monotonic_s()
         metrics, result = self._around.metrics, ErrorReason.INTERNAL.value
         try:
-            book = await self._establish(order, began_s + timeout_s)
+            with span("establish", target=order.target, slots=order.slots):
+                book = await self._establish(order, began_s + timeout_s)
         except MeshError as exc:
             result = exc.reason.value
             raise

@@ -58,6 +58,7 @@ from mesh.ops.metrics import Metrics
 from mesh.ops.runtime import EXIT_CONFIG
 from mesh.ops.runtime import run as run_process
 from mesh.ops.tls import TlsFiles
+from mesh.ops.tracing import close_tracing, setup_tracing
 from mesh.ops.watch import FileWatch
 from mesh.rpc.channels import ChannelPool
 from mesh.rpc.server import RpcServer, caller
@@ -569,7 +570,11 @@ def run(config_path: str | Path) -> int:
             file=None if config.log.file is None else Path(config.log.file),
             facts={"kme": config.kme_id},
         )
+        setup_tracing(config.tracing, role="node", member=config.kme_id)
     except ConfigError as error:
         sys.stderr.write(f"keymesh: node: {error}\n")
         return EXIT_CONFIG
-    return run_process(lambda stop: _serve(config, stop), name=f"node {config.kme_id}")
+    try:
+        return run_process(lambda stop: _serve(config, stop), name=f"node {config.kme_id}")
+    finally:
+        close_tracing()

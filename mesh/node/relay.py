@@ -20,6 +20,7 @@ from mesh.node.keyports import DocumentView, Surroundings
 from mesh.node.ports import LinkPlanePort, LinkPort
 from mesh.node.reports import Reports
 from mesh.ops.logging import clean_request_id, log_soon, serving
+from mesh.ops.tracing import span
 from mesh.v1.link_pb2 import ShareItem
 
 _MAX_HEADERS = 512
@@ -151,7 +152,8 @@ class ShareRouter:
         """Takes the shares of one frame; what one of them does wrong costs only itself."""
         for item, value in shares:
             # Not the id of the stream that the frame came on; a refill serves no request.
-            with serving(clean_request_id(item.request_id) if item.request_id else ""):
+            identifier = clean_request_id(item.request_id) if item.request_id else ""
+            with serving(identifier), span("share", came_from=came_from, route=item.route):
                 try:
                     self._take(came_from, item, value)
                 except MeshError as exc:

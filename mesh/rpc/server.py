@@ -26,6 +26,7 @@ from mesh.ops.denylist import DenyList
 from mesh.ops.logging import clean_request_id, request_id
 from mesh.ops.metrics import Metrics
 from mesh.ops.tls import TlsFiles
+from mesh.ops.tracing import is_traced, span
 from mesh.ops.watch import FileWatch
 from mesh.rpc.credentials import MAX_MESSAGE_BYTES, server_configuration
 from mesh.rpc.identity import PeerReader
@@ -182,6 +183,12 @@ class RpcServer:
         self, handler: grpc.RpcMethodHandler[Any, Any], method: str
     ) -> grpc.RpcMethodHandler[Any, Any]:
         observe = None if handler.response_streaming else self._seconds.labels(method).observe
+        if is_traced() and handler.unary_unary:
+            handler = grpc.unary_unary_rpc_method_handler(
+                _traced(cast("Callable[[Any, _Context], Awaitable[Any]]", handler.unary_unary), method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
         return _guard(handler, self.admission(method), self._refusal(method), observe)
 
     def admission(self, method: str) -> _Admit:
@@ -275,6 +282,20 @@ def _guarded_call(
             await refuse(context, exc)
 
     return guarded
+
+
+def _traced(
+    behaviour: Callable[[Any, _Context], Awaitable[Any]], method: str
+) -> Callable[[Any, _Context], Awaitable[Any]]:
+    """A span for calls that are made for a request: their caller sent its id."""
+
+    async def traced(request: Any, context: _Context) -> Any:
+        if _sent_request_id(context) is None:
+            return await behaviour(request, context)
+        with span(method.removeprefix("/mesh.v1.")):
+            return await behaviour(request, context)
+
+    return traced
 
 
 def _timed(

@@ -9,6 +9,7 @@ from mesh.core.keyid import text_of
 from mesh.errors import CallerError, ErrorReason, MeshError
 from mesh.node.keyplane import Delivered, KeyPlane
 from mesh.node.services.streamed import StreamedDelivery
+from mesh.ops.tracing import batch
 from mesh.rpc.status import failure_from
 from mesh.v1 import keys_pb2 as pb
 
@@ -54,7 +55,8 @@ class KeyDeliveryService(StreamedDelivery):
         """Draws keys for masters."""
         self._admit()
         _check_batch(len(request.requests))
-        results = await self._plane.get_keys(request.requests)
+        with batch("draw", request.requests):
+            results = await self._plane.get_keys(request.requests)
         if self._audit is not None:
             self._audit(
                 "keys_drawn",
@@ -69,7 +71,8 @@ class KeyDeliveryService(StreamedDelivery):
         """Redeems keys for slaves."""
         self._admit()
         _check_batch(len(request.requests))
-        results = await self._plane.get_keys_by_id(request.requests)
+        with batch("redeem", request.requests):
+            results = await self._plane.get_keys_by_id(request.requests)
         if self._audit is not None:
             self._audit(
                 "keys_redeemed",
