@@ -5,6 +5,7 @@ One lab for the file. Tests leave it healed; what one of them did to the pads is
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -20,7 +21,11 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mesh.directory.document import encode_body, sign
+from mesh.directory.etcd import EtcdClient, EtcdTls
+from mesh.directory.etcd_directory import document_key, domain_prefix
 from mesh.lab.ground import free_ports
 from tests.torture.client import Answer, CutError, Key, NotSentError, Sae
 from tests.torture.history import History
@@ -31,6 +36,8 @@ from tests.torture.traffic import wait_until_healed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 X, Y, Z = "can-site-x", "can-site-y", "can-site-z"
 HIGH_WATER_BYTES = 65_536
+POOL = {"pool_max_bytes": 4 << 20, "initial_bytes": 8 << 20}
+"""Pools that a test can empty."""
 
 
 class Metro:
@@ -43,7 +50,7 @@ class Metro:
     def __init__(self, folder: Path) -> None:
         self.root = folder
         self.under_test = LabUnderTest(folder / "lab")
-        self.under_test.up(str(write_network(folder, high_water_bytes=HIGH_WATER_BYTES)))
+        self.under_test.up(str(write_network(folder, high_water_bytes=HIGH_WATER_BYTES, links=POOL)))
         lab = self.under_test.lab
         self.new_history()
         self.x, self.z = Sae(lab, "sae-x-1"), Sae(lab, "sae-z-1")
@@ -135,27 +142,98 @@ def test_a_second_process_on_the_same_directory_is_sent_away(metro: Metro) -> No
     assert metro.fetch(*metro.keys()).status == 200
 
 
-def test_a_hanging_device_is_alarmed_and_the_lanes_serve_on(metro: Metro) -> None:
-    device = next(one for one in metro.under_test.lab["devices"] if Y in one["id"] and X in one["id"])
+def set_hang(metro: Metro, end: str, *, value: bool) -> None:
+    """Let the device pairs of a node's links hang, or answer again."""
+    for device in metro.under_test.lab["devices"]:
+        if end in device["id"]:
+            faults = json.dumps({"hang": value}).encode()
+            request = urllib.request.Request(f"{device['control']}/faults", data=faults)
+            urllib.request.urlopen(request, timeout=5).close()
 
-    def set_hang(value: bool) -> None:
-        request = urllib.request.Request(
-            f"{device['control']}/faults", data=json.dumps({"hang": value}).encode()
-        )
-        urllib.request.urlopen(request, timeout=5).close()
 
-    set_hang(True)
+def link_of(metro: Metro, node: str, peer: str) -> dict[str, Any]:
+    """What a node says of a link."""
+    links = metro.under_test.ask("links")[node]["links"]
+    return dict(next(link for link in links if link["peer_kme_id"] == peer))
+
+
+def test_a_hanging_device_is_alarmed_the_lanes_serve_on_and_empty_pools_are_503(metro: Metro) -> None:
+    set_hang(metro, X, value=True)
     try:
+        # Full pools ask no device.
+        for _ in range(16):
+            until_ok(lambda: metro.x.enc_keys("sae-z-1", number=128, size_bits=4096))
         alarm = metro.until_alarm(X, f"link/{Y}/device")
         assert "device" in alarm["next_step"]
         assert metro.fetch(*metro.keys(4)).status == 200
-        links = {link["peer_kme_id"]: link for link in metro.under_test.ask("links")[X]["links"]}
-        assert links[Y]["state"] == "open"
-        assert links[Y]["device_state"] != "ready"
+        link = link_of(metro, X, Y)
+        assert link["state"] == "open"
+        assert link["device_state"] != "ready"
+        kept = metro.keys(2)
+        deadline_s = time.monotonic() + 60
+        while (answer := metro.x.enc_keys("sae-z-1", number=128, size_bits=4096)).status == 200:
+            assert time.monotonic() < deadline_s
+        assert (answer.status, answer.reason) == (503, "out-of-material")
+        assert answer.took_s < 10
+        assert int(answer.headers["retry-after"]) >= 1
+        # What was promised is kept, what needs no pad of that link goes on, a tail stays for the link itself.
+        assert metro.fetch(*kept).status == 200
+        assert until_ok(lambda: metro.z.enc_keys("sae-y-1")).status == 200
+        link = link_of(metro, X, Y)
+        assert link["state"] == "open"
+        assert int(link["transmit"]["usable"]) > 0
     finally:
-        set_hang(False)
+        set_hang(metro, X, value=False)
     metro.until_alarm(X, f"link/{Y}/device", is_open=False)
+    metro.heal()
     assert "Traceback" not in metro.log_of(X)
+
+
+def put_in_etcd(lab: dict[str, Any], entries: dict[bytes, bytes]) -> None:
+    """As whoever owns etcd: its own user root."""
+    etcd = lab["etcd"]
+    tls = EtcdTls(*(Path(etcd[name]).read_bytes() for name in ("ca", "cert", "key")))
+
+    async def put() -> None:
+        async with EtcdClient(etcd["endpoints"], tls=tls) as client:
+            for key, value in entries.items():
+                await client.put(key, value)
+
+    asyncio.run(put())
+
+
+def test_5_1_whoever_owns_etcd_moves_no_home_and_gets_no_key(metro: Metro) -> None:
+    """It writes a newer document that moves z's SAE to y, and y's address into z's record."""
+    lab = metro.under_test.lab
+    domain = lab["domains"][0]["id"]
+    source = yaml.safe_load((metro.under_test.folder / "network" / "document.yaml").read_text())
+    source["serial"] += 1
+    source["saes"]["sae-z-1"] = {"home": Y}
+    stranger = sign(encode_body(source), Ed25519PrivateKey.generate())
+    nodes = {one["id"]: one["grpc"] for one in lab["nodes"]}
+    record = json.dumps({"kme_id": Z, "address": nodes[Y]}).encode()
+    prefix = domain_prefix(domain)
+    put_in_etcd(lab, {document_key(domain): stranger, prefix + b"nodes/" + Z.encode(): record})
+    alarm = metro.until_alarm(X, "network/document")
+    assert "keymesh network show" in alarm["next_step"]
+    y = Sae(lab, "sae-y-1")
+    for _ in range(3):
+        (key,) = until_ok(lambda: metro.x.enc_keys("sae-z-1")).keys
+        assert y.dec_keys("sae-x-1", [key.key_id]).status == 401
+        assert metro.fetch(key).keys == [key]
+    y.close()
+    # A node puts its own record right again, and the operator the document.
+    source["serial"] += 1
+    source["saes"]["sae-z-1"] = {"home": Z}
+    honest = metro.root / "honest.yaml"
+    honest.write_text(yaml.safe_dump(source))
+    signed = metro.root / "honest.signed"
+    key_file = metro.under_test.folder / "network" / "operator.pem"
+    done = metro.under_test.run("network", "sign", str(honest), "--key", str(key_file), "--out", str(signed))
+    assert done.returncode == 0, done.stderr
+    put_in_etcd(lab, {document_key(domain): signed.read_bytes()})
+    metro.heal()
+    assert not metro.under_test.alarms_for_operators()
 
 
 def burnt(metro: Metro, node: str) -> int:

@@ -22,10 +22,17 @@ _COMMAND_TIMEOUT_S = 90.0
 _UP_TIMEOUT_S = 130.0
 
 
-def write_network(folder: Path, *, high_water_bytes: int) -> Path:
-    """The shipped metro with the pad audit on and another high-water mark; 0 means keys on demand only."""
+def write_network(folder: Path, *, high_water_bytes: int, links: Mapping[str, Any] | None = None) -> Path:
+    """The shipped metro with the pad audit on and another high-water mark; 0 means keys on demand only.
+
+    Args:
+        folder: for the file.
+        high_water_bytes: of every reserve.
+        links: settings of all links that differ.
+    """
     shipped = Path(networks.__file__).parent / "networks" / "metro.yaml"
     source = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    source["links"] = [link | dict(links or {}) for link in source["links"]]
     reserves = {"high_water_bytes": high_water_bytes, "prefill": high_water_bytes > 0}
     path = folder / "metro.yaml"
     text = yaml.safe_dump(source | {"pad_audit": True, "reserves": reserves}, sort_keys=False)
