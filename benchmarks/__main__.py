@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.rows import Row
 
-MODULES = ("core", "store", "routing", "links", "delivery")
+MODULES = ("core", "store", "routing", "links", "delivery", "whole")
 
 
 def _machine() -> dict[str, str | int]:

@@ -25,7 +25,17 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.bench_delivery import _checked, _client, _connections, _stub, _url, cpu_seconds, lab, spent
+from benchmarks.labs import (
+    checked,
+    connections,
+    cpu_seconds,
+    gateway_url,
+    lab,
+    resident_mb,
+    sae_context,
+    spent,
+    tls_stub,
+)
 from benchmarks.load import fetch_repeatedly
 from benchmarks.rows import Row, row
 from benchmarks.stream import read_pem, send
@@ -132,13 +142,13 @@ async def _one_key(where: _Lab, case: Case, calls: int) -> tuple[list[float], fl
     """Seconds per key drawn on demand, and lane bytes per key and hop."""
     master, slave = where.sae(case.source), where.sae(case.target)
     path = f"/api/v1/keys/{slave['id']}/enc_keys"
-    async with _connections(_url(where.json, master), _client(where.json, master), 1) as one:
+    async with connections(gateway_url(where.json, master), sae_context(where.json, master), 1) as one:
         end = time.monotonic() + _START_S
         while (answer := await one[0].get(path))[0] != 200:
             if time.monotonic() > end:
                 raise RuntimeError(f"{case.name}: {answer[1]!r}")
         before = where.positions(case.hops)
-        outcome = _checked(await fetch_repeatedly(one, path, duration_s=60, most=calls), case.name)
+        outcome = checked(await fetch_repeatedly(one, path, duration_s=60, most=calls), case.name)
         burnt = where.positions(case.hops) - before
     return outcome.times_s, burnt / calls / len(case.hops)
 
@@ -156,6 +166,16 @@ def _on_demand(where: _Lab, floor_ms: float) -> Iterator[Row]:
         yield row(
             f"{case.name}, lane bytes per 256-bit key and hop", burnt, "bytes", floor=32, goal="<= 160 bytes"
         )
+
+
+def _memory(where: _Lab) -> Iterator[Row]:
+    """The largest node of the network holds 1 GiB of pools; the gateway is that of the node drawn from."""
+    for what, members, goal in (
+        ("node with 1 GiB of pools", where.json["nodes"], 150),
+        ("gateway", where.json["gateways"], 100),
+    ):
+        largest = max(resident_mb(member["pid"]) for member in members)
+        yield row(f"resident memory, {what}", largest, "MB", goal=f"<= {goal} MB")
 
 
 def _bulk(where: _Lab, case: Case, stream_bytes_per_s: float) -> Iterator[Row]:
@@ -198,8 +218,8 @@ def _bulk(where: _Lab, case: Case, stream_bytes_per_s: float) -> Iterator[Row]:
 
 
 async def _stub_ms() -> float:
-    async with _stub() as stub, _connections(*stub, 1) as bare:
-        floor = _checked(await fetch_repeatedly(bare, "/", duration_s=1), "stub")
+    async with tls_stub() as stub, connections(*stub, 1) as bare:
+        floor = checked(await fetch_repeatedly(bare, "/", duration_s=1), "stub")
     return 1e3 * statistics.median(floor.times_s)
 
 
@@ -244,6 +264,7 @@ def run() -> Iterator[Row]:
     floor_ms = uvloop.run(_stub_ms())
     with lab("bench") as lab_json:
         where = _Lab(lab_json)
+        yield from _memory(where)
         yield from _on_demand(where, floor_ms)
         for case in CASES:
             yield from _bulk(where, case, stream_rate)
