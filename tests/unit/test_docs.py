@@ -26,6 +26,7 @@ _PATH = re.compile(
     r"`((?:mesh|gateway|tests|docs|protos|benchmarks|examples|requirements)/[\w./-]*)(?:::(\w+))?`"
 )
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+_ANCHOR = re.compile(r"\]\(([^)#:]*)#([^)]+)\)")
 _PROTO_PACKAGES = ("mesh.v1",)
 
 
@@ -63,6 +64,19 @@ def test_paths_and_tests_exist(page: Path) -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in _LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@EACH_PAGE
+def test_anchors_exist(page: Path) -> None:
+    for target, anchor in _ANCHOR.findall(page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        assert anchor in _anchors(other), f"{page.name} links to {target}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 # -- operations.md -----------------------------------------------------------------------------
@@ -155,6 +169,14 @@ def test_every_alarm_has_a_section() -> None:
     }
     assert [one for one in raised if not any(fnmatchcase(heading, one) for heading in documented)] == []
     assert [one for one in documented if not any(fnmatchcase(one, pattern) for pattern in raised)] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "helm").rglob("files/*")), ids=lambda path: path.name)
+def test_the_chart_asks_for_metrics_that_exist(path: Path) -> None:
+    asked = set(re.findall(r"\bkeymesh_[a-z_]+", path.read_text(encoding="utf-8")))
+    exist = set(_rows(_section("Metrics")))
+    histograms = {name for name in exist if name.endswith("_seconds")}
+    assert asked <= exist | {f"{name}_{part}" for name in histograms for part in ("bucket", "sum", "count")}
 
 
 def _alarm_ids(path: Path) -> Iterator[str]:
