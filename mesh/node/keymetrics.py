@@ -48,3 +48,11 @@ class KeyMetrics:
         self.refusals_heard = metrics.counter(
             "share_refusals_heard", "Refusals that relays told this node as source.", ["via", "reason"]
         )
+        self.border_acks = metrics.counter(
+            "border_acks",
+            "Keys of ours that another key manager acked; status unknown: not under way with it.",
+            ["peer", "status"],
+        )
+        self.border_ack_s = metrics.histogram(
+            "border_ack_seconds", "From posting keys to the ack that they are relayed.", ["peer"]
+        )

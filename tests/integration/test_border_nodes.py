@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mesh.core.border_rules import BufferSpec
+from mesh.core.border_rules import AckStatus, Association, BufferSpec
 from mesh.errors import CallerError, ErrorReason, MeshError
+from mesh.node.border.ports import Ack
+from mesh.node.border.routing import Refused
 from mesh.node.keyplane import DeliveredKeys
 from mesh.v1.border_pb2 import LeasedJob
 from mesh.v1.keys_pb2 import KeyRequest
@@ -34,6 +36,17 @@ async def test_a_key_crosses_and_is_the_same_at_both_ends(domains: TwoDomains) -
     with pytest.raises(CallerError) as again:
         await domains.uk.redeem("uk-b", "can-a", [drawn.keys[0][0]])
     assert again.value.reason is ErrorReason.UNKNOWN_KEY
+
+
+async def test_operators_see_acks_and_how_long_they_took(domains: TwoDomains) -> None:
+    await domains.can.get("can-a", "uk-b", 3)
+    border = domains.can.plane("can-z").border
+    with pytest.raises(Refused):
+        await border.ack_keys("uk-x", [Ack(AckStatus.RELAYED, (bytes(16),), Association("can-a", ("uk-b",)))])
+    metrics = border._around.metrics
+    assert metrics.border_acks.labels("uk-x", "relayed")._value.get() == 3
+    assert metrics.border_acks.labels("uk-x", "unknown")._value.get() == 1
+    assert 0 < metrics.border_ack_s.labels("uk-x")._sum.get() < 10
 
 
 async def test_what_gateways_post_carries_the_id_of_the_request_behind_it(domains: TwoDomains) -> None:

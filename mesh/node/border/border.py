@@ -98,7 +98,7 @@ class Border:
             around.own_id, config=config, document=document, routes=routes, has_material=has_material
         )
         self._exchanges = Exchanges(around, config=config, document=document, lifetime_s=lifetime_s)
-        self._settlements = Settlements(self._exchanges, now_s=around.now_s)
+        self._settlements = Settlements(self._exchanges, now_s=around.now_s, heard=self._heard)
         self._posts = Posts(around, config=config, store=store, settlements=self._settlements, run=self._run)
         self._calls = Calls(
             around,
@@ -231,7 +231,11 @@ class Border:
             Refused: NOT_PRESENT.
         """
         peer = self._routing.peer(peer_id)
-        await self._run(lambda ledger: self._settlements.apply_acks(ledger, peer, acks))
+        try:
+            await self._run(lambda ledger: self._settlements.apply_acks(ledger, peer, acks))
+        except Refused:
+            self._around.metrics.border_acks.labels(peer_id, "unknown").inc()
+            raise
 
     async def void_keys(
         self,
@@ -405,6 +409,9 @@ class Border:
                 watch.done.set()
 
     # inside
+
+    def _heard(self, peer: str, status: AckStatus, exchange_id: bytes) -> None:
+        self._posts.heard(peer, status, exchange_id)
 
     async def _run(self, change: Callable[[Ledger], None]) -> None:
         await unbroken(self._run_to_end(change))

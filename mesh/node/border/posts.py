@@ -8,6 +8,7 @@ ends in a void the other way. Every retry has a bound in time.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from http import HTTPStatus
@@ -27,6 +28,7 @@ from mesh.v1.border_pb2 import AckContainer, Association, ForeignKey, LeasedJob,
 from mesh.v1.border_pb2 import AckStatus as AckStatusProto
 
 MAX_REFUSALS = 5
+_MAX_TIMED = 4096
 
 _LOG = logging.getLogger("keymesh.border")
 
@@ -62,6 +64,7 @@ class Posts:
         self._store = store
         self._settlements = settlements
         self._run = run
+        self._posted_at_s: OrderedDict[bytes, float] = OrderedDict()
         self.board = Board(around, prepare=self._prepare)
 
     def resume(self) -> None:
@@ -80,6 +83,9 @@ class Posts:
         if not post.url:
             return None
         if post.kind == PostKind.KEYS:
+            self._posted_at_s.setdefault(post.exchange_id, self._around.monotonic_s())
+            while len(self._posted_at_s) > _MAX_TIMED:
+                self._posted_at_s.popitem(last=False)
             await self._expose(post)
         identifier = entry.request_id or post.job_id.hex()[:16]
         return self._store.read(lambda tables: self._job(tables, post, identifier))
@@ -126,6 +132,14 @@ class Posts:
                 )
             )
         return job
+
+    def heard(self, peer: str, status: AckStatus, exchange_id: bytes) -> None:
+        """A peer acked a key of an exchange."""
+        metrics = self._around.metrics
+        metrics.border_acks.labels(peer, status.name.lower()).inc()
+        posted_at_s = self._posted_at_s.pop(exchange_id, None)
+        if posted_at_s is not None and status is AckStatus.RELAYED:
+            metrics.border_ack_s.labels(peer).observe(self._around.monotonic_s() - posted_at_s)
 
     # when it came back
 

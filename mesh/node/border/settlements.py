@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from mesh.core.border import INBOUND, OUTBOUND, Inbound, InboundEvent, Outbound, OutboundEvent
 from mesh.core.border_rules import ACK_EVENTS, AckStatus, Association, Peer, Problem
@@ -19,10 +20,21 @@ from mesh.store.tables import BorderKeyRow
 
 
 class Settlements:
-    """Applies acks and voids; each method runs within one change of the store."""
+    """Applies acks and voids; each method runs within one change of the store.
 
-    def __init__(self, exchanges: Exchanges, *, now_s: Callable[[], float]) -> None:
+    Args:
+        heard: told of each key that a peer acked, once that is durable: peer, status, exchange.
+    """
+
+    def __init__(
+        self,
+        exchanges: Exchanges,
+        *,
+        now_s: Callable[[], float],
+        heard: Callable[[str, AckStatus, bytes], None],
+    ) -> None:
         self._exchanges = exchanges
+        self._heard = heard
         self._now_s = now_s
 
     def apply_acks(
@@ -60,6 +72,7 @@ class Settlements:
         state = Outbound(key.state)
         if not OUTBOUND.allows(state, OutboundEvent.ACK_RELAYED):
             return False
+        ledger.after.steps.append(partial(self._heard, peer.kme_id, ack.status, key.exchange_id))
         targets = ack.association.targets
         counts = (ack.status is AckStatus.RELAYED and state in OPEN_OUTBOUND) or (
             ack.status in (AckStatus.VOIDED, AckStatus.KEY_NOT_PRESENT) and state is Outbound.VOIDING
