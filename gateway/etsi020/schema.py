@@ -83,8 +83,8 @@ def decode_ext_keys(body: bytes) -> ExtKeys:
     document = _object(_parse(body, Kind.INVALID_PARAMETER, "malformed_property"), "the body")
     _require(document, ("keys", "initiator_sae_id", "target_sae_ids"), "")
     keys = _keys(document["keys"])
-    mandatory = _extension(document, "extension_mandatory", bounded=True)
-    optional = _extension(document, "extension_optional", bounded=True)
+    mandatory = _extension(document, "extension_mandatory", at_least=1)
+    optional = _extension(document, "extension_optional", at_least=1)
     return ExtKeys(
         _association(document),
         keys,
@@ -331,15 +331,16 @@ def _callback(document: Mapping[str, Any]) -> str | None:
 
 
 def _extension(
-    document: Mapping[str, Any], name: str, where: str = "", *, bounded: bool = False
+    document: Mapping[str, Any], name: str, where: str = "", *, at_least: int = 0
 ) -> Document | None:
     if name not in document:
         return None
     value = document[name]
     if not isinstance(value, dict):
         raise malformed(_at(where, name), "must be an object")
-    if bounded and not 1 <= len(value) <= MAX_PROPERTIES:
-        raise malformed(_at(where, name), f"must have 1 to {MAX_PROPERTIES} properties")
+    # An empty ``extension`` says nothing; to refuse an ack over it would cost keys.
+    if not at_least <= len(value) <= MAX_PROPERTIES:
+        raise malformed(_at(where, name), f"must have {at_least} to {MAX_PROPERTIES} properties")
     return value
 
 
@@ -411,12 +412,23 @@ def _once(pairs: list[tuple[str, object]]) -> Document:
     return document
 
 
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse_constant)
+def _verbatim(number: str) -> msgspec.Raw:
+    """No member of the standard is a number; those in extensions pass on digit by digit."""
+    return msgspec.Raw(number.encode("ascii"))
+
+
+_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_once, parse_constant=_refuse_constant, parse_float=_verbatim, parse_int=_verbatim
+)
 
 
 def _parse(body: bytes, kind: Kind, detail: str) -> object:
     try:
-        return _DECODER.decode(body.decode("utf-8"))
+        parsed = _DECODER.decode(body.decode("utf-8"))
+        if b"\\ud" in body.lower():
+            # Half of a surrogate pair is no character: nobody could pass it on.
+            json.dumps(parsed, ensure_ascii=False, default=str).encode("utf-8")
     except (ValueError, RecursionError) as error:
         words = "the body is not JSON in UTF-8 with every member once"
         raise Refusal(HTTPStatus.BAD_REQUEST, kind, words, retry_after_s=0.0, **{detail: words}) from error
+    return parsed

@@ -20,7 +20,7 @@ import yaml
 from mesh.pki.authority import CredentialFiles, Pki
 
 DOMAIN = "own"
-_START_S = 30.0
+_START_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,8 @@ class Kms:
         self.buried: set[str] = set()
         self.plans: dict[str, Plan] = {}
         self.log: list[tuple[str, Any]] = []
+        self.texts: list[str] = []
+        """What was posted here, as it came."""
         self.complaints: list[str] = []
         self.unread: Iterator[bool] = iter(())
         """For successive connections: torn down before the body was read."""
@@ -206,8 +208,10 @@ class Kms:
             return web.Response()
         if request.content_type != "application/json":
             self.complaints.append(f"content type {request.content_type}")
+        body = await request.read()
+        self.texts.append(body.decode("utf-8", "replace"))
         try:
-            document = m.parse(await request.read())
+            document = m.parse(body)
         except Fault as fault:
             self.complaints.append(str(fault))
             return web.json_response(fault.document(), status=fault.status)
