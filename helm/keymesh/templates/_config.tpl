@@ -50,6 +50,7 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
 {{- with $entry.policy -}}{{- $_ := set $config "policy" . -}}{{- end -}}
 {{- else -}}
 {{- $_ := set $config "audit_log" "/var/lib/keymesh/audit.jsonl" -}}
+{{- $_ := set $config "gateways" $gatewayIds -}}
 {{- if eq (toString $entry.access) "open" -}}
 {{- $_ := set $config "access" "open" -}}
 {{- else -}}
