@@ -10,12 +10,13 @@ import pytest
 
 from mesh.core.border_rules import AckStatus, Association, BufferSpec
 from mesh.errors import CallerError, ErrorReason, MeshError
-from mesh.node.border.ports import Ack
+from mesh.node.border import board
+from mesh.node.border.ports import Ack, Arrival
 from mesh.node.border.routing import Refused
 from mesh.node.keyplane import DeliveredKeys
 from mesh.v1.border_pb2 import LeasedJob
 from mesh.v1.keys_pb2 import KeyRequest
-from tests.fakes.border_network import TwoDomains
+from tests.fakes.border_network import Courier, TwoDomains
 from tests.fakes.key_network import until
 
 
@@ -145,3 +146,74 @@ async def test_messages_do_not_wait_for_sealed_slots_once_they_flow(domains: Two
         await until(lambda book=book: book.slots.sealed_messages(8) > 0)  # type: ignore[misc]  # bound now
     assert book is not None
     assert book.slots.sealed_slots < 3 * 32
+
+
+async def test_a_synchronous_request_is_answered_with_what_became_of_each_key(domains: TwoDomains) -> None:
+    border, pair = domains.border("uk-x"), Association("can-a", ("uk-b",))
+    await domains.disconnect("uk-x")  # nothing needs to be posted
+    keys = [Arrival(bytes([number]) * 16, bytes([number]) * 32, b"") for number in (1, 2)]
+    ids = [key.key_id for key in keys]
+
+    async def take(wait_s: float, *taken: Arrival) -> dict[bytes, AckStatus]:
+        return await border.import_keys("can-z", pair, taken, callback="", extension=b"", wait_s=wait_s)
+
+    assert await take(1e-6, keys[0]) == {}  # left out: the sender tries again, or voids
+    assert await take(5.0, *keys) == dict.fromkeys(ids, AckStatus.RELAYED)
+    assert (await domains.uk.redeem("uk-b", "can-a", ids[:1])).keys == [(ids[0], keys[0].value)]
+    voided = await border.void_keys("can-z", pair, ids, is_all=False, callback="", wait_s=5.0)
+    assert voided == {ids[0]: AckStatus.FAILED_TO_VOID, ids[1]: AckStatus.VOIDED}
+
+
+async def test_a_request_that_comes_again_says_where_its_results_go(domains: TwoDomains) -> None:
+    border, pair = domains.border("uk-x"), Association("can-a", ("uk-b",))
+    key = Arrival(bytes(16), bytes(32), b"")
+    posted: list[str] = []
+
+    async def note(job: LeasedJob) -> int | None:
+        posted.append(job.url.rpartition("/")[2])
+        return 200
+
+    domains.meddle = lambda kme, job: note(job) if kme == "uk-x" else None
+    for path in ("first", "second"):
+        await border.import_keys("can-z", pair, [key], callback=f"https://can-z.test/{path}", extension=b"")
+        await until(lambda path=path: posted[-1:] == [path])  # type: ignore[misc]  # bound now
+
+
+async def test_several_gateways_perform_each_request_once_and_take_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "LEASE_S", 0.5)
+    both = TwoDomains(tmp_path, can_changes={"gateways": frozenset({"gw", "gw2"})})
+    await both.start()
+    try:
+        first = both.couriers["can-z"]
+        first.capacity = 1
+        second = Courier(both.border("can-z"), first.perform, gateway="gw2", capacity=1)
+        await both.disconnect("can-z")
+        both.connect("can-z")
+        both.couriers["can-z"].capacity = 1
+        second.start()
+        await until(lambda: both.border("can-z").connected_gateways == 2)
+        await asyncio.gather(*(both.can.get("can-a", "uk-b") for _ in range(12)))
+        assert len(both.couriers["can-z"].log) + len(second.log) == 12
+        # One dies with a request in its hands; its lease ends, and the other performs it.
+        hung = asyncio.Event()
+
+        async def hang(job: LeasedJob) -> int | None:
+            hung.set()
+            await asyncio.Event().wait()
+            return None
+
+        both.couriers["can-z"].perform = second.perform = hang
+        asking = asyncio.create_task(both.can.get("can-a", "uk-b"))
+        await hung.wait()
+        victim = next(one for one in (both.couriers["can-z"], second) if one.running)
+        other = second if victim is both.couriers["can-z"] else both.couriers["can-z"]
+        other.perform = first.perform
+        await victim.stop()
+        drawn = await asking
+        ids = [key_id for key_id, _ in drawn.keys]
+        assert (await both.uk.redeem("uk-b", "can-a", ids)).keys == drawn.keys
+        await second.stop()
+    finally:
+        await both.stop()
