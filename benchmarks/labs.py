@@ -33,10 +33,10 @@ def lab(network: str) -> Iterator[dict[str, Any]]:
 
 
 def cpu_seconds(lab_json: dict[str, Any]) -> dict[str, float]:
-    """Processor seconds so far of each node and gateway of a lab, and of this process."""
+    """Processor seconds so far of each node, hub and gateway of a lab, and of this process."""
     ticks = os.sysconf("SC_CLK_TCK")
     seconds = {"load": sum(os.times()[:2])}
-    for process in [*lab_json["nodes"], *lab_json["gateways"]]:
+    for process in [*lab_json["nodes"], *lab_json["hubs"], *lab_json["gateways"]]:
         with contextlib.suppress(FileNotFoundError):
             fields = Path(f"/proc/{process['pid']}/stat").read_text().rpartition(")")[2].split()
             seconds[process["id"]] = (int(fields[11]) + int(fields[12])) / ticks

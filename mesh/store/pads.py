@@ -24,24 +24,32 @@ from mesh.store.failpoints import fail_at
 from mesh.store.files import Buffer, File, FileLayer
 
 _OPEN_FILES_KEPT = 128
-_WIPE_BYTES = 1 << 20
-_ZEROS = bytes(_WIPE_BYTES)
+_ZEROS = bytes(1 << 20)
+#: Up to here a wipe only dirties the cache: it may share the readers' descriptor and lock.
+_SMALL_WIPE_BYTES = 64 << 10
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 class PadFiles:
-    """The pad files of one directory. Reads and wipes are sync; creation runs in a thread.
+    """The pad files of one directory. Reads and wipes are sync; the rest runs in threads.
+
+    Nothing that may wait for the disk holds the lock that readers on the event loop take: large
+    wipes and removals use descriptors of their own.
 
     Args:
         path: the directory; it exists.
         files: the file layer.
-        executor: runs ``create`` and ``remove``.
+        executor: runs ``create``.
+        remover: runs ``remove``, for which nobody waits.
     """
 
-    def __init__(self, path: Path, files: FileLayer, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, path: Path, files: FileLayer, executor: ThreadPoolExecutor, remover: ThreadPoolExecutor
+    ) -> None:
         self._path = path
         self._files = files
         self._executor = executor
+        self._remover = remover
         self._open_files: OrderedDict[str, File] = OrderedDict()
         self._lock = Lock()
 
@@ -111,11 +119,12 @@ class PadFiles:
         fail_at("pads.wipe.before")
         try:
             stop = min(offset + length, self.size(name))
-            while offset < stop:
-                piece = _ZEROS[: stop - offset]
+            if stop - offset <= _SMALL_WIPE_BYTES:
                 with self._lock:
-                    self._opened(name).pwrite(piece, offset)
-                offset += len(piece)
+                    self._opened(name).pwrite(_ZEROS[: max(0, stop - offset)], offset)
+            else:
+                with contextlib.closing(self._files.open(self._checked(name))) as file:
+                    _zero(file, offset, stop)
         except FileNotFoundError:
             return
         except OSError as exc:
@@ -128,7 +137,7 @@ class PadFiles:
         The unlink is not synced: what a crash brings back is removed at the next start.
         """
         if names:
-            await asyncio.get_running_loop().run_in_executor(self._executor, self.remove_now, *names)
+            await asyncio.get_running_loop().run_in_executor(self._remover, self.remove_now, *names)
 
     def remove_now(self, *names: str) -> None:
         """``remove`` in the calling thread."""
@@ -136,9 +145,9 @@ class PadFiles:
             path = self._checked(name)
             fail_at("pads.remove.before_wipe")
             try:
-                self.wipe(name, 0, self.size(name))
-                with self._lock:
-                    self._opened(name).sync()  # or the zeros of an unlinked file never reach the disk
+                with contextlib.closing(self._files.open(path)) as file:
+                    _zero(file, 0, file.size())
+                    file.sync()  # or the zeros of an unlinked file never reach the disk
                 fail_at("pads.remove.before_unlink")
                 self._files.unlink(path)
             except FileNotFoundError:
@@ -222,3 +231,10 @@ class PadFiles:
             reason=ErrorReason.STATE_CORRUPT,
             facts={"path": self._path / name},
         )
+
+
+def _zero(file: File, offset: int, stop: int) -> None:
+    while offset < stop:
+        piece = _ZEROS[: stop - offset]
+        file.pwrite(piece, offset)
+        offset += len(piece)

@@ -86,9 +86,9 @@ class Store:
         self._database = database
         self._proof = proof
         self._tables = Tables(database)
-        self._executor = ThreadPoolExecutor(2, "keymesh-pads")
-        self.pads = PadFiles(path / directory.PADS_NAME, files, self._executor)
-        self.reserve_files = PadFiles(path / directory.RESERVES_NAME, files, self._executor)
+        self._executors = ThreadPoolExecutor(2, "keymesh-pads"), ThreadPoolExecutor(2, "keymesh-removals")
+        self.pads = PadFiles(path / directory.PADS_NAME, files, *self._executors)
+        self.reserve_files = PadFiles(path / directory.RESERVES_NAME, files, *self._executors)
         self._queue: deque[tuple[Change[Any], asyncio.Future[Any]]] = deque()
         self._finished: deque[_Batch] = deque()
         self._to_sync: SimpleQueue[_Batch | None] = SimpleQueue()
@@ -222,7 +222,8 @@ class Store:
             future = self._queue.popleft()[1]
             if not future.done():
                 future.set_exception(_closed())
-        self._executor.shutdown()
+        for executor in self._executors:
+            executor.shutdown()
         self.pads.close()
         self.reserve_files.close()
         close_database(self._database)

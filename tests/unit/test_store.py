@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from mesh.errors import CallerError, ConfigError, ErrorReason, IntegrityError, ShortageError, UnavailableError
 from mesh.store import failpoints, schema
+from mesh.store.files import OsFile, OsFiles
 from mesh.store.store import MAX_BATCH, MAX_QUEUED, Store
 from mesh.store.tables import ExtentRow, Tables
 from tests.power_cut_files import FullDiskFiles, PowerCutFiles
@@ -370,6 +372,48 @@ def test_files_that_no_row_names_are_removed_at_start(open_store: Callable[[], S
     store.close()
     store = open_store()
     assert (store.pads.list(), store.reserve_files.list()) == ([], [])
+
+
+class _HeldFile(OsFile):
+    """A file whose sync waits for the test."""
+
+    gate = threading.Event()
+
+    def sync(self) -> None:
+        """Waits, then syncs."""
+        assert self.gate.wait(10)
+        super().sync()
+
+
+class _HeldFiles(OsFiles):
+    """A disk that is slow to sync, once ``is_slow``."""
+
+    is_slow = False
+
+    def open(self, path: Path, *, create: bool = False, exclusive: bool = False) -> OsFile:
+        """Open; slow files wait in sync."""
+        file = super().open(path, create=create, exclusive=exclusive)
+        return _HeldFile(file.detach()) if self.is_slow else file
+
+
+async def test_a_disk_that_is_slow_to_sync_holds_up_no_reader_and_no_new_file(tmp_path: Path) -> None:
+    files = _HeldFiles()
+    store = Store.open(tmp_path / "data", kme_id="kme-a", proof_dir=NOWHERE, files=files)
+    await store.pads.create("old", bytes(100_000))
+    await store.pads.create("other", b"pads")
+    files.is_slow = True
+    removals = asyncio.gather(*(store.pads.remove(name) for name in ("old", "gone")))
+    await asyncio.sleep(0.05)
+    assert not removals.done()
+    files.is_slow = False
+    assert store.pads.read("other", 0, 4) == b"pads"
+    store.pads.wipe("other", 0, 2)
+    await store.pads.create("new", b"x")
+    assert not removals.done()
+    _HeldFile.gate.set()
+    await removals
+    assert store.pads.list() == ["new", "other"]
+    store.close()
 
 
 async def test_pad_files_are_written_once_read_wiped_and_removed(open_store: Callable[[], Store]) -> None:
