@@ -22,6 +22,7 @@ PURPOSES: Mapping[str, Expectation] = {
     "tool": Expectation(is_client=True, roles=frozenset({Role.TOOL})),
     "rest-server": Expectation(is_server=True),
     "sae": Expectation(is_client=True),
+    "border": Expectation(is_server=True, is_client=True),
     "device": Expectation(is_server=True),
     "etcd": Expectation(is_server=True, is_client=True),
 }
