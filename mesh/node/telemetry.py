@@ -54,7 +54,8 @@ class Telemetry:
         self._links = LinkGauges(metrics, links, now_s=now_s)
         self._couriers = CourierGauges(metrics, psrd)
         self._reserves = None if plane is None else ReserveGauges(metrics, plane)
-        self._border = None if plane is None else BorderGauges(metrics, plane)
+        is_border = plane is not None and plane.border.config.peers
+        self._border = BorderGauges(metrics, plane) if plane is not None and is_border else None
         self._directory = directory
         self._certificates = certificates
         self._data_dir = data_dir

@@ -17,6 +17,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.metrics import MetricWrapperBase
@@ -35,6 +36,7 @@ class Metrics:
     """
 
     def __init__(self, *, with_process: bool = True) -> None:
+        disable_created_metrics()  # a series more for each counter, and nobody asks for it
         self.registry = CollectorRegistry()
         self._known: dict[str, MetricWrapperBase] = {}
         self.gauge("build_info", "1; the label says which release runs.", ["version"]).labels(

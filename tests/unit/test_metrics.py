@@ -22,7 +22,6 @@ def shown(metrics: Metrics) -> dict[tuple[str, ...], float]:
         (sample.name.removeprefix("keymesh_"), *sample.labels.values()): sample.value
         for family in text_string_to_metric_families(metrics.render().decode())
         for sample in family.samples
-        if not sample.name.endswith("_created")
     }
 
 
