@@ -17,7 +17,7 @@ import pytest
 
 from mesh.errors import CallerError, ConfigError, ErrorReason, IntegrityError, ShortageError, UnavailableError
 from mesh.store import failpoints, schema
-from mesh.store.files import OsFile, OsFiles
+from mesh.store.files import File, OsFile, OsFiles
 from mesh.store.store import MAX_BATCH, MAX_QUEUED, Store
 from mesh.store.tables import ExtentRow, Tables
 from tests.power_cut_files import FullDiskFiles, PowerCutFiles
@@ -390,9 +390,10 @@ class _HeldFiles(OsFiles):
 
     is_slow = False
 
-    def open(self, path: Path, *, create: bool = False, exclusive: bool = False) -> OsFile:
+    def open(self, path: Path, *, create: bool = False, exclusive: bool = False) -> File:
         """Open; slow files wait in sync."""
         file = super().open(path, create=create, exclusive=exclusive)
+        assert isinstance(file, OsFile)
         return _HeldFile(file.detach()) if self.is_slow else file
 
 
