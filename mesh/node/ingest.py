@@ -580,12 +580,16 @@ class BlockLeader(Ingest):
         del self._open[row.block_id]
         self._sent_at_s.pop(row.block_id, None)
         self._discarded.append(row.block_id)
-        await self._give_up(end, row.block_id, state, None)
         if row.start == 0 and not end.has_first_block:
-            # The root is gone: the lane begins anew in the next epoch.
+            # The root is gone: the lane begins anew in the next epoch. In one commit: a lane that
+            # a crash left in this epoch would go on without a root and never open.
+            if state is BlockState.QUARANTINED:
+                self._alarm_mismatch()
             await self._new_epoch(end, end.lane.epoch + 1)
-        elif not in_frame:
-            self.link.post_discarded(row.block_id)
+        else:
+            await self._give_up(end, row.block_id, state, None)
+            if not in_frame:
+                self.link.post_discarded(row.block_id)
         self.wake()
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
+import apsw
 import pytest
 
 from mesh.core import frame as frames
@@ -20,6 +21,8 @@ from mesh.core.lane import ROOT_BYTES
 from mesh.core.otp import xor
 from mesh.errors import ErrorReason, RolledBackError, ShortageError, TagMismatchError, UnavailableError
 from mesh.node.transport import unwrap, wrap_frame
+from mesh.store.failpoints import arm, disarm_all
+from mesh.store.tables import BlockState
 from mesh.v1.link_pb2 import BlockAnswer, BlockOffer, FrameMeta, LinkMessage
 from tests.fakes.link_sites import DevicePair, Pair, Tamper, WireStream, honest, proof_folder, send_share
 
@@ -520,6 +523,40 @@ async def test_mismatch_quarantines_the_block_at_both_ends(pair: Pair) -> None:
     assert len(holes) == 1
     assert holes[0].start in filled
     assert [*pair.b.link.lanes.rx.lane.holes, *pair.b.link.lanes.tx.lane.holes] == holes
+    await pair.stop()
+
+
+async def test_a_lost_first_block_never_leaves_a_lane_without_root_on_disk(pair: Pair) -> None:
+    """1.5, 2.3: a crash at any moment may not keep the epoch whose root was discarded with its block."""
+    moments: list[Path] = []
+
+    def keep() -> None:
+        for state in pair.root.glob("kme-?/state.db*"):
+            if not state.name.endswith("-shm"):
+                kept = pair.root / f"moment-{len(moments)}-{state.parent.name}"
+                kept.mkdir(exist_ok=True)
+                shutil.copy(state, kept)
+        moments.extend(pair.root.glob(f"moment-{len(moments)}-*"))
+
+    pair.devices.lose_next = 1
+    pair.devices.corrupt_next = 1
+    arm("commit.after", keep)
+    try:
+        await pair.start()
+        await quiet(pair)
+    finally:
+        disarm_all()
+    states = (BlockState.DISCARDED.value, BlockState.QUARANTINED.value)
+    for moment in moments:
+        with apsw.Connection(str(moment / "state.db")) as disk:
+            if not disk.execute("SELECT 1 FROM sqlite_master WHERE name = 'blocks'").fetchall():
+                continue
+            query = "SELECT lane_id FROM blocks WHERE start = 0 AND state IN (?, ?)"
+            assert disk.execute(query, states).fetchall() == [], moment.name
+    assert len(moments) > 10
+    assert {end.lane.epoch for end in (pair.a.link.lanes.tx, pair.a.link.lanes.rx)} != {1}
+    await send_share(pair.a, b"over the new epoch")
+    await pair.b.until(lambda: bool(pair.b.shares.got))
     await pair.stop()
 
 
