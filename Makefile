@@ -9,7 +9,6 @@ NETWORK ?= metro
 PYTEST_WORKERS ?= 2
 DURATION ?= 60
 SEED ?= 1
-KILLS ?= 1
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -135,7 +134,11 @@ fuzz: $(VENV)/.fuzz ## Fuzz every parser, SECONDS each (default 60; FUZZ=name fo
 
 .PHONY: torture
 torture: $(VENV)/.lab ## Kill processes at random under checked traffic, then audit (DURATION=seconds SEED=n KILLS=at-least)
-	@$(BIN)/python -m tests.torture --duration $(DURATION) --seed $(SEED) --kills $(KILLS)
+	@$(BIN)/python -m tests.torture --duration $(DURATION) --seed $(SEED) --kills $(or $(KILLS),1)
+
+.PHONY: kills
+kills: $(VENV)/.dev ## Kill three whole nodes at every durable step and at random, KILLS times, then audit (SEED=n)
+	@$(BIN)/python -m tests.torture.lives --kills $(or $(KILLS),1000) --seed $(SEED)
 
 .PHONY: bench
 bench: $(VENV)/.lab ## Measure against the goals (build/bench/result.json)

@@ -79,6 +79,12 @@ def fail_at(name: str) -> None:
         callback()
 
 
+def kill_at(text: str) -> None:
+    """Kill this process at ``name[:count]`` from now on, as the environment variable does; "" disarms."""
+    _state.kill_name, _state.kill_in = _parse(text) if text else ("", 0)
+    _state.is_quiet = not text and not _state.armed
+
+
 def arm(name: str, callback: Callable[[], None]) -> None:
     """Run ``callback`` at every passage of ``name`` (tests); it may raise."""
     if name not in ALL | COURIER:

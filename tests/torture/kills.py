@@ -52,7 +52,7 @@ class Round:
 def plan_rounds(lab: Mapping[str, Any], seed: int) -> Iterator[Round]:
     """An endless plan; the same seed and lab give the same one."""
     rng = random.Random(f"{seed}/kills")
-    failpoints = _failpoints(rng)
+    failpoints = plan_failpoints(rng)
     groups = processes(lab)
     kinds = [kind for kind in KINDS if groups[kind]]
     weights = [KINDS[kind] for kind in kinds]
@@ -67,7 +67,7 @@ def plan_rounds(lab: Mapping[str, Any], seed: int) -> Iterator[Round]:
         yield Round(rng.uniform(0.2, 2.0), chosen, rng.choice((0.0, rng.uniform(0.0, 3.0))), failpoint)
 
 
-def _failpoints(rng: random.Random) -> Iterator[str]:
+def plan_failpoints(rng: random.Random) -> Iterator[str]:
     """Each failpoint as often as the others, ``name:count``."""
     while True:
         for name in rng.sample(sorted(ALL), len(ALL)):
