@@ -15,6 +15,7 @@ from typing import Any
 from mesh.errors import ConfigError
 from mesh.pki.authority import LOCAL_HOSTS, Credential, CredentialFiles, Pki
 from mesh.pki.explain import PURPOSES, explain, report
+from mesh.pki.secrets import read_text, write_secrets
 
 _Issue = Callable[[Pki, argparse.Namespace], dict[str, Credential]]
 
@@ -55,6 +56,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
             )
         command.set_defaults(handler=_issue, issue=issue)
 
+    text = (
+        "Kubernetes Secrets for the Certificates of a rendered chart, where there is no cert-manager (labs)"
+    )
+    secrets = commands.add_parser("secrets", help=text, description=text)
+    secrets.add_argument(
+        "file", type=Path, metavar="FILE", help="what helm template wrote; - for standard input"
+    )
+    secrets.add_argument("--out", type=Path, required=True, metavar="FILE", help="YAML for kubectl apply")
+    _add_directory(secrets)
+    secrets.set_defaults(handler=_secrets)
+
     explained = commands.add_parser("explain", help="say in words what is wrong with a certificate")
     explained.add_argument("file", type=Path, metavar="FILE", help="certificate, PEM")
     explained.add_argument("--key", type=Path, metavar="FILE", help="its private key")
@@ -89,6 +101,13 @@ def _issue(arguments: argparse.Namespace) -> int:
     for stem, credential in issue(pki, arguments).items():
         files: CredentialFiles = credential.save(arguments.dir, stem)
         _print(f"{files.cert} {files.key}")
+    return 0
+
+
+def _secrets(arguments: argparse.Namespace) -> int:
+    manifests = sys.stdin.read() if str(arguments.file) == "-" else read_text(arguments.file)
+    count = write_secrets(manifests, arguments.dir, arguments.out)
+    _print(f"{count} Secrets: {arguments.out}; they hold private keys: apply them, then remove the file")
     return 0
 
 
