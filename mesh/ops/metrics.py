@@ -36,7 +36,8 @@ class Metrics:
     """
 
     def __init__(self, *, with_process: bool = True) -> None:
-        disable_created_metrics()  # a series more for each counter, and nobody asks for it
+        # A series more for each counter, and nobody asks for it.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no hints here
         self.registry = CollectorRegistry()
         self._known: dict[str, MetricWrapperBase] = {}
         self.gauge("build_info", "1; the label says which release runs.", ["version"]).labels(
