@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh import __version__
-from mesh.errors import ConfigError, MeshError
+from mesh.errors import ConfigError, MeshError, UnavailableError
 
 if TYPE_CHECKING:
     from mesh.client.operator import OperatorTarget
@@ -397,7 +397,11 @@ def _add_lab(commands: Commands[argparse.ArgumentParser]) -> None:
         "--round-trip", type=float, default=85.0, metavar="MS", help="of the emulated ocean (default 85)"
     )
     paper.add_argument("--dir", type=Path, default=Path("build/paper"), metavar="DIR", help="for the results")
-    for parser in (up, down, restart, run):
+    text = "show where each millisecond of one request goes; restarts nodes, hubs and gateways for it"
+    trace = _command(group, "trace", text, _lab_trace)
+    trace.add_argument("--master", metavar="SAE", help="who asks (default: the first SAE)")
+    trace.add_argument("--slave", metavar="SAE", help="for whom (default: the last SAE at another node)")
+    for parser in (up, down, restart, run, trace):
         parser.add_argument("--dir", type=Path, required=True, metavar="DIR", help="the lab's directory")
     demo.add_argument("--dir", type=Path, default=Path("build/demo"), metavar="DIR", help="for the results")
 
@@ -458,6 +462,20 @@ def _lab_demo(arguments: argparse.Namespace) -> int:
     from mesh.lab.demo import run_demo
 
     return run_demo(arguments.dir)
+
+
+def _lab_trace(arguments: argparse.Namespace) -> int:
+    from mesh.lab.control import Progress
+    from mesh.lab.encryptor import RefusedError
+    from mesh.lab.trace import trace_request
+
+    progress = Progress()
+    try:
+        traced = trace_request(arguments.dir, progress, master=arguments.master, slave=arguments.slave)
+    except RefusedError as error:
+        raise UnavailableError(f"a request was refused: {error}") from error
+    print(traced.table())
+    return 0
 
 
 def _lab_paper(arguments: argparse.Namespace) -> int:

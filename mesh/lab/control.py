@@ -28,7 +28,7 @@ from mesh.lab.processes import stop_all
 from mesh.lab.ready import DeliveryCheck, missing_health, wait_until
 from mesh.lab.state import LabDirectory, put_pid
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 105.0
 """The contract promises an answer within 120 s, stopping everything after a failure included."""
 _RESTART_TIMEOUT_S = 30.0
 
@@ -218,7 +218,7 @@ def rewrite_config(
     Raises:
         CallerError: no such configuration.
     """
-    path = directory.config / f"{process_id}.yaml"
+    path = directory.config_of(process_id)
     try:
         config = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:

@@ -110,6 +110,10 @@ class LabDirectory:
         """The log of a process."""
         return self.log / f"{process_id}.log"
 
+    def config_of(self, process_id: str) -> Path:
+        """The configuration of a process."""
+        return self.config / f"{process_id}.yaml"
+
     def pad_audit_of(self, kme_id: str) -> Path:
         """Where a node records the pad ranges that it used, if its network says so."""
         return self.audit / f"{kme_id}.pads.jsonl"

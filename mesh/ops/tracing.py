@@ -19,19 +19,24 @@ import msgspec
 
 from mesh.errors import ConfigError
 from mesh.ops.logging import request_id
+from mesh.ops.spanlog import LogBackend
 
 Attribute = str | int | float | bool
 
 
 class TracingSection(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Where spans go: an OTLP collector's gRPC port, ``host:port``.
+    """Where spans go: an OTLP collector's gRPC port, ``host:port``, or the process's own log.
 
     Without ``ca`` (PEM roots of the collector) they go in clear: inside the machine or pod only.
     """
 
-    endpoint: Annotated[str, msgspec.Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
+    endpoint: (
+        Annotated[str, msgspec.Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")] | None
+    ) = None
     ca: str | None = None
     sample_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    # To the log, all of them, instead of a collector: for one look at a quiet network.
+    log: bool = False
 
 
 class Span(Protocol):
@@ -101,6 +106,11 @@ def setup_tracing(settings: TracingSection | None, *, role: str, member: str, ba
     """
     if settings is None:
         return
+    if settings.log:
+        use_backend(LogBackend())
+        return
+    if settings.endpoint is None:
+        raise ConfigError("tracing.endpoint: needed, unless spans go to the log (tracing.log: true)")
     try:
         from mesh.ops.otel import connect  # noqa: PLC0415 - an extra, imported only when wanted
     except ImportError as exc:
