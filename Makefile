@@ -125,6 +125,10 @@ image: $(VENV)/.base ## Build the container image (IMAGE=keymesh BASE_IMAGE= PLA
 test-containers: $(VENV)/.containers ## Try the image: a mesh in containers, networks cut, processes killed
 	@$(BIN)/pytest -q tests/containers
 
+.PHONY: helm-readme
+helm-readme: $(VENV)/.dev ## Write the chart's README from its values
+	@$(BIN)/python -m tests.helm.readme
+
 .PHONY: fuzz
 fuzz: $(VENV)/.fuzz ## Fuzz every parser, SECONDS each (default 60; FUZZ=name for one of them)
 	@for target in $(or $(FUZZ),$$($(BIN)/python -m tests.fuzz 2>/dev/null)); do echo "fuzz $$target"; \

@@ -200,6 +200,7 @@ def test_a_directory_admits_the_other_sites_and_a_hub_its_clients() -> None:
     assert ("etcd", "etcd", "peer") in policies.edges()
     hub = _Policies(render(_FOLDER / "hub-values.yaml"))
     assert hub.edges() == set()
+    assert ("hub/hub-1", "monitoring", "4317") in hub.outside("egress")
     assert hub.outside("ingress") == {
         ("hub/hub-1", "192.0.2.0/24", "grpc"),
         ("hub/hub-1", "198.51.100.0/24", "grpc"),

@@ -100,6 +100,7 @@ CASES = {
     "two etcd members": (METRO, ["etcd.bundled.members=2"], "etcd.bundled.members"),
     "etcd nowhere": (HUB, ["etcd.external.endpoints=[]"], "etcd.external.endpoints"),
     "etcd everywhere": (HUB, ["etcd.external.cidrs=[]"], "would admit every address"),
+    "traces to anywhere": (HUB, ["tracing.collectors=[]"], "would admit every address"),
     "a typo": (METRO, ["networkPolicies.enabled=true"], "networkPolicies"),
     "a test without SAEs": (SITE, ['test.master.sae=""'], "master.sae and slave.sae"),
 }  # fmt: skip

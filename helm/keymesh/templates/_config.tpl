@@ -46,6 +46,7 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
   "network" $network
   "links" $links
 -}}
+{{- with include "keymesh.tracing" $root -}}{{- $_ := set $config "tracing" (fromJson .) -}}{{- end -}}
 {{- if eq $entry.role "hub" -}}
 {{- with $entry.policy -}}{{- $_ := set $config "policy" . -}}{{- end -}}
 {{- else -}}
@@ -63,6 +64,17 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
 {{- end -}}
 {{- end -}}
 {{- mergeOverwrite (deepCopy $entry.config) $config | toPrettyJson -}}
+{{- end -}}
+
+{{/* The tracing section, as JSON; empty where there is none. */}}
+{{- define "keymesh.tracing" -}}
+{{- with .Values.tracing -}}
+{{- if .endpoint -}}
+{{- $section := dict "endpoint" .endpoint "sample_ratio" .sampleRatio -}}
+{{- if .ca -}}{{- $_ := set $section "ca" "collector-ca.pem" -}}{{- end -}}
+{{- $section | toJson -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Named after the member: the proof of a mere restart is, too, and members may share a proof folder. */}}
@@ -87,6 +99,7 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
   "sae_mapping" $mapping
   "limits" $limits
 -}}
+{{- with include "keymesh.tracing" .root -}}{{- $_ := set $config "tracing" (fromJson .) -}}{{- end -}}
 {{- if .entry.border -}}
 {{- $peers := list -}}
 {{- range .entry.border.peers -}}

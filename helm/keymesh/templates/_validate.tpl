@@ -106,6 +106,7 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- if and (eq $values.etcd.source "external") (not $values.etcd.external.endpoints) -}}{{- fail "etcd.external.endpoints: needed; or etcd.source bundled in the release that hosts the directory" -}}{{- end -}}
 {{- if and (eq $values.etcd.source "external") $values.networkPolicy.enabled (not $values.etcd.external.cidrs) -}}{{- fail "etcd.external.cidrs: needed by the NetworkPolicies; an empty list would admit every address" -}}{{- end -}}
 {{- if and (eq $values.proof.kind "hostPath") (ne $values.security.podStandard "privileged") -}}{{- fail "proof.kind hostPath needs security.podStandard privileged: the restricted standard forbids host paths" -}}{{- end -}}
+{{- if and $values.tracing.endpoint $values.networkPolicy.enabled (not $values.tracing.collectors) -}}{{- fail "tracing.collectors: needed by the NetworkPolicies; an empty list would admit every address" -}}{{- end -}}
 {{- if and $values.test.enabled (not (and $values.test.master.sae $values.test.slave.sae)) -}}{{- fail "test: master.sae and slave.sae are needed" -}}{{- end -}}
 {{- if and $values.test.cidrs (not (or $values.test.master.url $values.test.slave.url)) -}}{{- fail "test.cidrs: without a url there is nothing outside to reach" -}}{{- end -}}
 
