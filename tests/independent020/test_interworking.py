@@ -648,6 +648,8 @@ def test_certificates_decide_who_speaks(world: World) -> None:
     assert world.run(ask(None)) == 0
     assert world.run(ask(stranger)) == 0
     assert world.run(ask(world.wrong)) == 401
+    # Another peer's root does not speak for this one.
+    assert world.run(ask(world.roots["third"].issue("near-kme", "third-near"))) == 401
     assert world.run(ask(world.papers["third"])) == 401
 
 
