@@ -95,8 +95,9 @@ PROTOC = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I pr
 	$$(cd protos && find . -name '*.proto' | sort | sed 's|^\./||')
 
 .PHONY: generate
-generate: $(VENV)/.dev ## Regenerate the protocol buffers' Python
+generate: $(VENV)/.dev ## Regenerate the protocol buffers' Python; refuse what breaks version 1
 	@$(call PROTOC,.)
+	@$(BIN)/python -m tests.contract.wire_v1
 
 .PHONY: check-generated
 check-generated: $(VENV)/.dev ## Refuse generated code that does not fit protos/
