@@ -112,6 +112,8 @@ _REASON_BY_STATUS: Mapping[grpc.StatusCode, ErrorReason] = {
     _S.FAILED_PRECONDITION: _R.PEER_REFUSED,
     _S.UNIMPLEMENTED: _R.PROTOCOL_VIOLATION,
     _S.UNAVAILABLE: _R.PEER_UNREACHABLE,
+    # Our own faults carry their reason: this is gRPC's word for some connections that broke.
+    _S.INTERNAL: _R.PEER_UNREACHABLE,
     _S.UNAUTHENTICATED: _R.CERTIFICATE,
 }
 

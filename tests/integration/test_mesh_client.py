@@ -292,6 +292,17 @@ async def test_one_slow_pair_does_not_stop_the_others(site: Site) -> None:
     await asyncio.gather(*slow)
 
 
+async def test_a_fault_in_one_batch_leaves_the_others_their_stream(site: Site) -> None:
+    client = site.client()
+    slow = asyncio.ensure_future(client.get_keys("sae-a", "slow"))
+    await until(lambda: site.node.rpcs == 1)
+    with pytest.raises(MeshError) as caught:
+        await client.get_keys("sae-a", "crash")
+    assert caught.value.reason is ErrorReason.INTERNAL
+    site.node.gate.set()
+    assert len((await slow).keys) == 1
+
+
 async def test_node_away_and_back(site: Site) -> None:
     client = site.client()
     await client.get_keys("sae-a", "sae-b")

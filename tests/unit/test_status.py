@@ -53,6 +53,7 @@ def test_tables_are_complete() -> None:
         (grpc.StatusCode.PERMISSION_DENIED, NotAuthorizedError, ErrorReason.NOT_AUTHORIZED),
         (grpc.StatusCode.INVALID_ARGUMENT, CallerError, ErrorReason.INVALID_ARGUMENT),
         (grpc.StatusCode.UNIMPLEMENTED, PeerError, ErrorReason.PROTOCOL_VIOLATION),
+        (grpc.StatusCode.INTERNAL, UnavailableError, ErrorReason.PEER_UNREACHABLE),
         (grpc.StatusCode.UNKNOWN, UnavailableError, ErrorReason.INTERNAL),
         (grpc.StatusCode.ABORTED, UnavailableError, ErrorReason.INTERNAL),
     ],

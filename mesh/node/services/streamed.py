@@ -7,6 +7,7 @@ is ready. Reads and writes the call instead of iterating, which costs half as mu
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from mesh.rpc.status import failure_from
 from mesh.v1 import keys_pb2 as pb
 from mesh.v1.keys_pb2_grpc import KeyDeliveryServicer
 
+_LOG = logging.getLogger("keymesh.delivery")
 MAX_STREAM_BATCHES = 64
 _Stream = grpc.aio.ServicerContext[pb.DeliverRequest, pb.DeliverResponse]
 
@@ -66,4 +68,8 @@ class StreamedDelivery(KeyDeliveryServicer):
         except TimeoutError:
             late = UnavailableError("the caller's time is up", reason=ErrorReason.DEADLINE_EXCEEDED)
             return pb.DeliverResponse(batch_id=request.batch_id, failure=failure_from(late))
+        except Exception as exc:  # noqa: BLE001 - our fault ends its own batch, not the stream of others
+            _LOG.error("batch failed for an internal reason", exc_info=exc)
+            fault = UnavailableError("internal error", reason=ErrorReason.INTERNAL)
+            return pb.DeliverResponse(batch_id=request.batch_id, failure=failure_from(fault))
         return pb.DeliverResponse(batch_id=request.batch_id, results=results)
