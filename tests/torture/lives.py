@@ -384,8 +384,11 @@ def main() -> int:
     logging.disable(logging.ERROR)
     lives = Lives(folder, arguments.seed)
     print(f"kills: seed {arguments.seed}, {arguments.kills} lives in {folder}", flush=True)
-    for _ in range(arguments.kills):
+    for number in range(1, arguments.kills + 1):
         lives.one()
+        if number % 100 == 0:
+            counts = lives.history.counts
+            print(f"kills: {number}; {counts['fetched']} keys fetched and compared", flush=True)
     lives.last()
     result = summed_up(lives, folder) | {"seed": arguments.seed, "took_s": round(time.monotonic() - began_s)}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
