@@ -159,20 +159,52 @@ class Jobs:
         """
         body = message.SerializeToString()
         book, span = await self._slots(peer, slots_needed(len(body)), timeout_s)
-        # Once queued the job may become durable: then it is sent, whoever still waits.
-        return await unbroken(self._seal(peer, body, book, span, kind=kind, context=context, also=also))
+        sealed = self._sealed(peer, body, book, span, kind=kind, context=context)
 
-    async def _seal(
-        self,
-        peer: str,
-        body: bytes,
-        book: OutboundBook,
-        span: Range,
-        *,
-        kind: str,
-        context: bytes,
-        also: Callable[[Tables, bytes], object] | None,
+        def change(tables: Tables) -> JobRow:
+            row = sealed(tables)
+            if also is not None:
+                also(tables, row.job_id)
+            return row
+
+        # Once queued the job may become durable: then it is sent, whoever still waits.
+        return await unbroken(self._send_once_durable(change, book, span))
+
+    def seal_now(
+        self, tables: Tables, peer: str, message: SealedMessage, *, kind: str
+    ) -> tuple[bytes, Callable[[], None]] | None:
+        """Seals a message within a change that runs, so that it costs no commit of its own.
+
+        A change that fails forfeits the slots.
+
+        Returns:
+            The job's id, and what to call once the change is durable; None where slots are not at hand,
+            for which ``submit`` can wait.
+        """
+        body = message.SerializeToString()
+        taken = self._take(peer, slots_needed(len(body)))
+        if taken is None:
+            return None
+        book, span = taken
+        row = self._sealed(peer, body, book, span, kind=kind, context=b"")(tables)
+
+        def durable() -> None:
+            book.wipe_sealed(span)
+            self._start(row)
+
+        return row.job_id, durable
+
+    async def _send_once_durable(
+        self, change: Callable[[Tables], JobRow], book: OutboundBook, span: Range
     ) -> _Job:
+        row = await self._store.commit(change)
+        book.wipe_sealed(span)
+        return self._start(row)
+
+    def _sealed(
+        self, peer: str, body: bytes, book: OutboundBook, span: Range, *, kind: str, context: bytes
+    ) -> Callable[[Tables], JobRow]:
+        """A change that seals a message and makes its job durable, with the use of its slots."""
         tags, keys = book.sealed_parts(span)
         using = book.using_sealed(span)
         job_id = self._around.randomness(16)
@@ -207,13 +239,20 @@ class Jobs:
             using(tables)
             row = JobRow(job_id, number, kind, peer, "open", payload, context=context)
             tables.jobs.put(row)
-            if also is not None:
-                also(tables, job_id)
             return row
 
-        row = await self._store.commit(change)
-        book.wipe_sealed(span)
-        return self._start(row)
+        return change
+
+    def _take(self, peer: str, count: int) -> tuple[OutboundBook, Range] | None:
+        """Sealed slots that are at hand; sees to it that there will be more."""
+        book = self._reserves.outbound.get(peer)
+        span = book.slots.take_sealed(count) if book is not None and book.is_open else None
+        if book is None or span is None:
+            return None
+        if book.slots.sealed_messages(count) < 2 and peer not in self._topping_up:
+            self._topping_up.add(peer)
+            self._tasks.spawn(self._top_up(peer, count))
+        return book, span
 
     async def _slots(self, peer: str, count: int, timeout_s: float) -> tuple[OutboundBook, Range]:
         """Sealed slots for one message; establishes more when there are too few.
@@ -224,13 +263,9 @@ class Jobs:
         deadline = self._around.monotonic_s() + timeout_s
         async with self._filling.setdefault(peer, asyncio.Lock()):
             while True:
-                book = self._reserves.outbound.get(peer)
-                span = book.slots.take_sealed(count) if book is not None and book.is_open else None
-                if book is not None and span is not None:
-                    if book.slots.sealed_messages(count) < 2 and peer not in self._topping_up:
-                        self._topping_up.add(peer)
-                        self._tasks.spawn(self._top_up(peer, count))
-                    return book, span
+                taken = self._take(peer, count)
+                if taken is not None:
+                    return taken
                 batch = self._batch.get(peer, SEALED_SLOTS // 2)
                 self._batch[peer] = min(2 * batch, _MAX_SEALED_SLOTS)
                 left_s = max(0.1, deadline - self._around.monotonic_s())

@@ -217,3 +217,13 @@ async def test_several_gateways_perform_each_request_once_and_take_over(
         await second.stop()
     finally:
         await both.stop()
+
+
+async def test_keys_taken_in_are_sealed_onwards_in_the_very_commit(domains: TwoDomains) -> None:
+    """No commit stands between 202 and the deposit, once slots for sealed messages are there."""
+    await domains.can.get("can-a", "uk-b")
+    border, pair = domains.border("uk-x"), Association("can-a", ("uk-b",))
+    key = Arrival(bytes(16), bytes(32), b"")
+    await border.import_keys("can-z", pair, [key], callback="https://can-z.test/ack", extension=b"")
+    assert [call.job_id for call in border.read(lambda tables: tables.border.calls())] != [None]
+    await until(lambda: domains.states("uk-x") == {"in:relayed": 2})

@@ -394,9 +394,9 @@ class Border:
         """A request is done, or void."""
         self._posts.board.discard(job_id)
 
-    def call_added(self, call: CallRow) -> None:
-        """A sealed message is wanted."""
-        self._calls.start(call)
+    def call_added(self, tables: Tables, call: CallRow) -> Callable[[], None]:
+        """A sealed message is wanted; returns what to do about it once this change is durable."""
+        return self._calls.added(tables, call)
 
     def answered(self, peer: str, key_ids: Sequence[bytes], status: AckStatus) -> None:
         """The result of a synchronous request, key by key."""

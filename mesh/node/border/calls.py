@@ -64,6 +64,21 @@ class Calls:
             if call.job_id is None:
                 self.start(call)
 
+    def added(self, tables: Tables, call: CallRow) -> Callable[[], None]:
+        """Keys on their way are sealed in the change that stores them, if slots are at hand.
+
+        Returns:
+            what to do once that change is durable.
+        """
+        if call.purpose == "carry":
+            found = self._message(tables, call.call_id)
+            sealed = found and self._jobs.seal_now(tables, call.kme, found[1], kind=KIND)
+            if sealed:
+                job_id, durable = sealed
+                tables.border.submit_call(call.call_id, job_id)
+                return durable
+        return lambda: self.start(call)
+
     def start(self, call: CallRow) -> None:
         """A message is wanted, durably."""
         self._tasks.spawn(self._submit(call.call_id))

@@ -340,7 +340,7 @@ class Ledger:
     def call(self, purpose: str, exchange_id: bytes, kme: str, key_ids: Sequence[bytes]) -> None:
         """A sealed message is wanted."""
         row = self._border.put_call(purpose, exchange_id, kme, key_ids)
-        self.after.steps.append(lambda: self._ports.call_added(row))
+        self.after.steps.append(self._ports.call_added(self.tables, row))
 
     def _do_recalls(self, exchange: ExchangeRow, key_ids: list[bytes]) -> None:
         if exchange.owner == "deposit":

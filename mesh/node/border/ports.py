@@ -80,8 +80,8 @@ class LedgerPorts(Protocol):
         """A request is done, or void."""
         ...
 
-    def call_added(self, call: CallRow) -> None:
-        """A sealed message is wanted."""
+    def call_added(self, tables: Tables, call: CallRow) -> Callable[[], None]:
+        """A sealed message is wanted; returns what to do about it once this change is durable."""
         ...
 
     def answered(self, peer: str, key_ids: Sequence[bytes], status: AckStatus) -> None:

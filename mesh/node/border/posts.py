@@ -75,26 +75,36 @@ class Posts:
     # before it leaves
 
     async def _prepare(self, entry: Entry) -> LeasedJob | None:
-        post = self._store.read(lambda tables: tables.border.post(entry.post.job_id))
+        identifier = entry.request_id or entry.post.job_id.hex()[:16]
+        # One look at the store: each waits for a commit under way.
+        post, is_hidden, job = self._store.read(lambda tables: self._look(tables, entry, identifier))
         if post is None:
             self.board.discard(entry.post.job_id)
             return None
         entry.post = post
-        if not post.url:
-            return None
-        if post.kind == PostKind.KEYS:
+        if post.kind == PostKind.KEYS and post.url:
             self._posted_at_s.setdefault(post.exchange_id, self._around.monotonic_s())
             while len(self._posted_at_s) > _MAX_TIMED:
                 self._posted_at_s.popitem(last=False)
+        if is_hidden:
             await self._expose(post)
-        identifier = entry.request_id or post.job_id.hex()[:16]
-        return self._store.read(lambda tables: self._job(tables, post, identifier))
+            _, _, job = self._store.read(lambda tables: self._look(tables, entry, identifier))
+        return job
+
+    def _look(
+        self, tables: Tables, entry: Entry, identifier: str
+    ) -> tuple[PostRow | None, bool, LeasedJob | None]:
+        """The request, whether its keys must be exposed first, and what is to be posted now."""
+        post = tables.border.post(entry.post.job_id)
+        if post is None or not post.url:
+            return post, False, None
+        is_hidden = post.kind == PostKind.KEYS and any(
+            key.state == Outbound.QUEUED for key in tables.border.keys(post.exchange_id)
+        )
+        return post, is_hidden, None if is_hidden else self._job(tables, post, identifier)
 
     async def _expose(self, post: PostRow) -> None:
         """Durably noted before the first request leaves: from then on the peer may hold the keys."""
-        keys = self._store.read(lambda tables: tables.border.keys(post.exchange_id))
-        if not any(key.state == Outbound.QUEUED for key in keys):
-            return
 
         def change(ledger: Ledger) -> None:
             for key in ledger.tables.border.keys(post.exchange_id):
