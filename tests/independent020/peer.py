@@ -169,6 +169,7 @@ class Kms:
         app.router.add_get(m.VERSIONS, self._versions)
         for path in (m.KEYS, m.ACK, m.VOID):
             app.router.add_post(path, self._serve)
+        app.router.add_route("*", "/{path:.*}", self._nowhere)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         site: web.BaseSite
@@ -200,6 +201,10 @@ class Kms:
 
     async def _versions(self, request: web.Request) -> web.Response:
         return web.json_response({"versions": ["v1"]})
+
+    async def _nowhere(self, request: web.Request) -> web.Response:
+        self.complaints.append(f"{request.method} {request.path}, of which the standard knows nothing")
+        return web.Response(status=404)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
