@@ -128,8 +128,8 @@ class ForeignPrefix:
 class PairPolicy:
     """How keys of a KME pair are established; the same in both directions.
 
-    ``hubs`` are the only hubs admitted (dske); ``via`` the only transit nodes admitted
-    (trusted-relay, multipath), None for every node with ``transit``.
+    ``hubs`` are the only hubs admitted (dske; multipath for mixed sets of routes); ``via`` the only
+    transit nodes admitted (trusted-relay, multipath), None for every node with ``transit``.
     """
 
     grade: Grade = Grade()
@@ -241,6 +241,8 @@ def check_routes(
         if policy.grade.kind is GradeKind.DSKE and len(route) != 3:
             raise _refused("a dske route has exactly one hub", route=index)
         _check_route(document, permitted, route, index)
+        if len(route) != 3 and not set(route).isdisjoint(policy.hubs):
+            raise _refused("a hub stands between the two ends and nobody else", route=index)
         labels = frozenset[tuple[str, str]]().union(*(document.labels(kme_id) for kme_id in route[1:-1]))
         if shared := seen & labels:
             raise _refused("routes share a failure domain", route=index, shared=sorted(shared)[0])
@@ -254,7 +256,7 @@ def permitted_transit(document: NetworkDocument, policy: PairPolicy) -> frozense
     """The ids that may lie inside a route of a pair with that policy."""
     if policy.grade.kind is GradeKind.DSKE:
         return frozenset(policy.hubs)
-    return frozenset(
+    return frozenset(policy.hubs) | frozenset(
         node.kme_id
         for node in document.nodes.values()
         if node.role is Role.NODE and node.transit and (policy.via is None or node.kme_id in policy.via)

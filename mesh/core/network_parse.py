@@ -24,6 +24,7 @@ Shape of the parsed document (JSON or YAML, format ``keymesh-network/1``)::
       default: {grade: trusted-relay}
       pairs:
         - {between: [kme-a, kme-c], grade: "dske(2,3)", hubs: [hub-1, hub-2, hub-3], priority: 1}
+        # hubs with multipath(k,n): routes over these may stand beside QKD paths
 """
 
 from __future__ import annotations
@@ -239,13 +240,14 @@ def _parse_policy(entry: Mapping[str, Any], where: str, nodes: Mapping[str, Node
     for hub in hubs:
         if nodes[hub].role is not Role.HUB:
             raise _bad(f"{where}.hubs", f"{hub} is not a hub")
-    if (grade.kind is GradeKind.DSKE) != bool(hubs):
-        raise _bad(f"{where}.hubs", "must be given with grade dske(k,n), and with no other")
-    if hubs and not grade.n <= len(hubs) <= MAX_ROUTES:
-        raise _bad(f"{where}.hubs", f"must name n = {grade.n} to {MAX_ROUTES} hubs")
+    least = {GradeKind.DSKE: grade.n, GradeKind.MULTIPATH: 0}.get(grade.kind)
+    if least is None and hubs:
+        raise _bad(f"{where}.hubs", "must be given with grade dske(k,n), may be with multipath(k,n)")
+    if least is not None and not least <= len(hubs) <= MAX_ROUTES:
+        raise _bad(f"{where}.hubs", f"must name {least} to {MAX_ROUTES} hubs")
     via = frozenset(_ids(entry, "via", where, nodes)) if "via" in entry else None
     if via and (barred := [v for v in sorted(via) if nodes[v].role is Role.HUB]):
-        raise _bad(f"{where}.via", f"{barred[0]} is a hub; hubs carry dske shares only")
+        raise _bad(f"{where}.via", f"{barred[0]} is a hub; name it under hubs")
     return PairPolicy(grade, hubs, via, _integer(entry, "priority", f"{where}.priority", 0, 9, default=0))
 
 

@@ -20,6 +20,7 @@ leaves over. Finding such sets is NP-hard in general, hence ``SEARCH_BUDGET``.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import combinations, pairwise
@@ -135,7 +136,23 @@ def routes_for_pair(
         return (cheapest_route(graph, source, target, permitted=permitted),)
     if policy.grade.kind is GradeKind.DSKE:
         return hub_routes(graph, source, target, permitted, policy.grade.n)
+    if policy.hubs:
+        graph = _hubs_between(graph, policy.hubs, source, target)
     return disjoint_routes(graph, source, target, policy.grade.n, permitted=permitted)
+
+
+def _hubs_between(graph: Graph, hubs: Collection[str], source: str, target: str) -> Graph:
+    """The graph with these hubs linked to the two ends only: a hub relays for nobody in between."""
+    ends = set(_ends(graph, source, target))
+    inner = {graph.index[hub] for hub in hubs if hub in graph.index}
+    less = copy(graph)
+    less.adjacent = list(graph.adjacent)
+    for hub in inner:
+        less.adjacent[hub] = [link for link in graph.adjacent[hub] if link[0] in ends]
+        for number, _ in graph.adjacent[hub]:
+            if number not in ends:
+                less.adjacent[number] = [link for link in less.adjacent[number] if link[0] not in inner]
+    return less
 
 
 def cheapest_route(

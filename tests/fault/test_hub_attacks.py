@@ -318,3 +318,27 @@ async def test_exact_accounting_of_pre_shared_data(net: KeyNetwork, number: int)
         assert net.wire.burnt("kme-a", hub) == net.wire.burnt(hub, "kme-z") == leg
         assert net.wire.burnt("kme-z", hub) == net.wire.burnt(hub, "kme-a") == 0
     assert 6 * leg == {1: 960, 64: 19_104}[number]
+
+
+async def test_a_mixed_set_of_hubs_and_a_qkd_path(tmp_path: Path) -> None:
+    """Two hubs and a trusted relay, any two of the three: each may lie or be silent."""
+    pair = {"between": ["kme-a", "kme-z"], "grade": "multipath(2,3)", "hubs": ["hub-1", "hub-2"]}
+    document = {
+        **DIAMOND,
+        "nodes": {**DIAMOND["nodes"], "kme-b": {"operator": "city"}},
+        "links": [*DIAMOND["links"], {"between": ["kme-a", "kme-b"]}, {"between": ["kme-b", "kme-z"]}],
+        "grades": {"pairs": [pair]},
+    }
+    network = KeyNetwork(tmp_path, document)
+    await network.start()
+    try:
+        for middle in ("hub-1", "hub-2", "kme-b"):
+            network.wire.meddle = flip(middle, "kme-z")
+            drawn = await network.get("sae-a", "sae-z", 2)
+            assert drawn.grade == "multipath(2,3)"
+            ids = [key_id for key_id, _ in drawn.keys]
+            assert (await network.redeem("sae-z", "sae-a", ids)).keys == drawn.keys
+            await until(lambda name=middle: f"culprits: kme-a-{name}-kme-z" in alarms(network, "kme-z"))  # type: ignore[misc]
+        assert network.wire.burnt("kme-a", "hub-3") == 0
+    finally:
+        await network.stop()

@@ -134,7 +134,7 @@ def test_a_document_cannot_make_a_hub_a_home_an_end_or_a_relay() -> None:
     with pytest.raises(ConfigError, match="a pair joins two nodes"):
         parse_document(changed(grades={"pairs": [{"between": ["hub-1", "kme-a"], "grade": "trusted-relay"}]}))
     pair = {"between": ["kme-a", "kme-b"], "grade": "trusted-relay", "via": ["hub-1"]}
-    with pytest.raises(ConfigError, match="hubs carry dske shares only"):
+    with pytest.raises(ConfigError, match="hub-1 is a hub; name it under hubs"):
         parse_document(changed(grades={"pairs": [pair]}))
 
 

@@ -153,6 +153,7 @@ def _with(path: tuple[Any, ...], value: object) -> dict[str, Any]:
         (("foreign", 0, "prefix"), "sae-", "foreign[0].prefix"),
         (("foreign", 0, "prefix"), "", "foreign[0].prefix"),
         (("grades", "default", "grade"), "dske(2,3)", "grades.default.hubs"),
+        (("grades", "default", "hubs"), ["hub-1"], "grades.default.hubs"),
         (("grades", "default", "grade"), "best", "grades.default.grade"),
         (("grades", "pairs", 0, "hubs"), ["hub-1"], "grades.pairs[0].hubs"),
         (("grades", "pairs", 0, "hubs"), ["hub-1", "hub-1"], "grades.pairs[0].hubs"),

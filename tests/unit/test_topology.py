@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mesh.core.network import NetworkDocument
+from mesh.core.network import Grade, NetworkDocument, check_routes
 from mesh.core.network_parse import parse_document
 from mesh.core.topology import (
     HOP,
@@ -18,7 +18,7 @@ from mesh.core.topology import (
     disjoint_routes,
     routes_for_pair,
 )
-from mesh.errors import ErrorReason, ShortageError
+from mesh.errors import ErrorReason, PeerError, ShortageError
 
 
 def graph(text: str, sites: dict[str, str] | None = None) -> Graph:
@@ -152,6 +152,25 @@ def test_hubs_never_carry_a_trusted_relay_or_multipath() -> None:
     doc = document([["a", "h1"], ["h1", "z"]], {"grade": "trusted-relay"}, ("h1",))
     with pytest.raises(ShortageError):
         routes_for_pair(doc, build_graph(doc), "a", "z")
+
+
+def test_a_mixed_set_has_qkd_paths_and_the_hubs_that_the_policy_names() -> None:
+    """A hub that it does not name is left out, and none lies deeper inside a route."""
+    links = [*STAR, ["a", "b"], ["b", "z"], ["b", "h1"], ["a", "c"], ["c", "h2"]]
+    doc = document(links, {"grade": "multipath(2,3)", "hubs": ["h1", "h2"]}, HUBS)
+    routes = routes_for_pair(doc, build_graph(doc), "a", "z")
+    assert set(routes) == {("a", "b", "z"), ("a", "h1", "z"), ("a", "h2", "z")}
+    check_routes(doc, "a", "z", Grade.parse("multipath(2,3)"), routes)
+    deeper = (("a", "b", "z"), ("a", "h1", "z"), ("a", "c", "h2", "z"))
+    with pytest.raises(PeerError, match="between the two ends"):
+        check_routes(doc, "a", "z", Grade.parse("multipath(2,3)"), deeper)
+    unnamed = (("a", "b", "z"), ("a", "h1", "z"), ("a", "h3", "z"))
+    with pytest.raises(PeerError, match="does not admit"):
+        check_routes(doc, "a", "z", Grade.parse("multipath(2,3)"), unnamed)
+    cut = build_graph(doc, {("a", "h2"): LinkState(is_up=False)})
+    with pytest.raises(ShortageError) as caught:
+        routes_for_pair(doc, cut, "a", "z")
+    assert caught.value.reason is ErrorReason.GRADE_UNAVAILABLE
 
 
 def test_multipath_gives_n_disjoint_routes() -> None:
