@@ -29,6 +29,8 @@ from mesh.v1.peer_pb2 import DepositRequest, DepositResponse, OpenEpoch, SealedA
 SEALED_SLOTS = 32
 _MAX_SEALED_SLOTS = 1024
 _TOP_UP_TIMEOUT_S = 8.0
+# Slots that last for less than this are topped up with twice as many.
+_LASTING_S = 10.0
 _SEND_TIMEOUT_S = 3.0
 _FIRST_PAUSE_S = 0.2
 _PENDING_PAUSE_S = 0.02
@@ -94,6 +96,7 @@ class Jobs:
         self._filling: dict[str, asyncio.Lock] = {}
         self._batch: dict[str, int] = {}
         self._topping_up: set[str] = set()
+        self._topped_up_s: dict[str, float] = {}
         self._handlers: dict[str, Handler] = {}
 
     def own(self, kind: str, handler: Handler) -> None:
@@ -258,7 +261,8 @@ class Jobs:
         """Sealed slots for one message; establishes more when there are too few.
 
         So that messages seldom wait for that, the next slots are established as soon as no two
-        messages like this one are left, and twice as many whenever one had to wait.
+        messages like this one are left, and twice as many whenever one had to wait or they soon were
+        used up.
         """
         deadline = self._around.monotonic_s() + timeout_s
         async with self._filling.setdefault(peer, asyncio.Lock()):
@@ -272,6 +276,10 @@ class Jobs:
                 await self._establish_sealed(peer, count, left_s)
 
     async def _top_up(self, peer: str, count: int) -> None:
+        now_s = self._around.monotonic_s()
+        if now_s - self._topped_up_s.get(peer, -_LASTING_S) < _LASTING_S:
+            self._batch[peer] = min(2 * self._batch.get(peer, SEALED_SLOTS), _MAX_SEALED_SLOTS)
+        self._topped_up_s[peer] = now_s
         try:
             await self._establish_sealed(peer, 2 * count, _TOP_UP_TIMEOUT_S)
         except MeshError as exc:
