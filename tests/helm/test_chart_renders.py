@@ -52,6 +52,6 @@ def test_the_validation_finds_what_is_wrong() -> None:
 
 
 def test_an_older_cluster_is_refused() -> None:
-    done = helm("template", str(CHART), "-f", str(CI_VALUES[0]), "--kube-version", "1.28.0")
+    done = helm("template", str(CHART), "-f", str(CI_VALUES[0]), "--kube-version", "1.29.0")
     assert done.returncode != 0
     assert "kubeVersion" in done.stderr

@@ -21,6 +21,7 @@ from tests.helm.chart import (
     the,
 )
 
+_SITE = CI_VALUES[0].parent / "site-values.yaml"
 EACH_FILE = pytest.mark.parametrize("values", CI_VALUES, ids=lambda path: path.stem)
 # Volume types that Pod Security "restricted" admits.
 _VOLUMES = {
@@ -117,6 +118,21 @@ def test_a_volume_has_one_writer_outlives_the_release_and_stays_out_of_backups(v
         assert claim["metadata"]["labels"]["velero.io/exclude-from-backup"] == "true"
         annotations = spec["template"]["metadata"]["annotations"]
         assert annotations["backup.velero.io/backup-volumes-excludes"] == "data"
+
+
+def test_the_guard_names_every_volume_of_pads_and_no_other() -> None:
+    objects = render(_SITE, sets=('etcd.source="bundled"',))
+    (guard,) = of_kind(objects, "ValidatingAdmissionPolicy")
+    (binding,) = of_kind(objects, "ValidatingAdmissionPolicyBinding")
+    assert binding["spec"] == {"policyName": guard["metadata"]["name"], "validationActions": ["Deny"]}
+    patterns = {
+        found
+        for rule in guard["spec"]["validations"]
+        for found in re.findall(r"matches\('([^']+)'\)", rule["expression"])
+    }
+    (pattern,) = patterns
+    volumes = {f"data-{one['metadata']['name']}-0" for one in of_kind(objects, "StatefulSet")}
+    assert {name for name in volumes if re.search(pattern, name)} == {"data-km-keymesh-node-kme-a-0"}
 
 
 @EACH_FILE
