@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.rows import Row
+from mesh.ops.runtime import tune_process
 
 MODULES = ("core", "store", "routing", "links", "delivery", "whole")
 
@@ -43,7 +44,8 @@ def _line(measured: Row) -> str:
 
 
 def main() -> int:
-    """Run the modules named, or all; write the result file only when all ran."""
+    """Run the modules named, or all, tuned as every process is; write the result file only when all ran."""
+    tune_process()
     names = sys.argv[1:] or list(MODULES)
     rows: list[Row] = []
     print(f"{'what':<58} {'value':>12} {'unit':<8} {'floor':>12} {'ratio':>8}  goal")
