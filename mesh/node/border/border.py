@@ -127,8 +127,10 @@ class Border:
         self._store.read(self._exchanges.count)
         self._posts.resume()
         self._calls.resume()
-        self._tasks.spawn(self._forsake_local())
-        self._tasks.spawn(self._sweep())
+        if self._store.read(lambda tables: tables.border.exchanges(owner="local")):
+            self._tasks.spawn(self._forsake_local())
+        if self.config.gateways or self._exchanges.remembers:
+            self._tasks.spawn(self._sweep())
 
     async def _forsake_local(self) -> None:
         """Nobody waits any more for exports that this node's own SAEs asked for before the restart."""

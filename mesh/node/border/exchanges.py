@@ -40,6 +40,11 @@ class Exchanges:
         for (_, peer, _), number in tables.border.count_states().items():
             self._remembered[peer] += number
 
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is remembered of any peer."""
+        return self._remembered.total() > 0
+
     def check_room(self, peer: str, count: int) -> None:
         """Bounds what one peer may make us remember.
 
