@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from urllib.request import urlopen
 
 import yaml
 
+from mesh.lab.ground import free_ports
 from mesh.pki.authority import CredentialFiles, Pki
 
 DOMAIN = "own"
@@ -63,7 +63,7 @@ class BorderSite:
         self._pki = Pki.create(domain)
         self.roots = self._pki.save(directory)
         self.saes = {sae: self._pki.sae(sae).save(directory, sae) for sae in self._saes()}
-        ports = free_ports(5)
+        ports = list(free_ports(5))
         ports[4] = port020 or ports[4]
         self._grpc, self._node_http, https, self._gateway_http, listen = (f"127.0.0.1:{p}" for p in ports)
         self.url = f"https://localhost:{ports[2]}"
@@ -228,15 +228,3 @@ def _is_ready(address: str) -> bool:
         return False
     except OSError:
         return False
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import Any, TypeVar
 
 import aiohttp
 import pytest
@@ -34,9 +35,10 @@ from tests.independent020.peer import (
     until,
 )
 from tests.independent020.troubles import TROUBLES, Released, merging, silent
-from tests.independent020.world import World
+from tests.independent020.world import VOID_GIVE_UP_S, World
 
 pytestmark = pytest.mark.slow
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ def world(tmp_path_factory: pytest.TempPathFactory, private_proofs: Path) -> Ite
 
 
 @pytest.fixture(scope="module")
-def played(world: World) -> dict[str, asyncio.Future[Outcome]]:
+def begun(world: World) -> dict[str, asyncio.Future[None]]:
+    """What takes longest."""
+    return {name: world.start(play(world)) for name, play in LONG.items()}
+
+
+@pytest.fixture(scope="module")
+def played(world: World, begun: object) -> dict[str, asyncio.Future[Outcome]]:
     """Every trouble of a receiving peer, all at once."""
 
     async def play(index: int, trouble: str) -> Outcome:
@@ -86,7 +94,7 @@ def test_handing_keys_to_a_peer_that(
         assert (outcome.status, len(outcome.keys)) == ((200, 3) if released is Released.YES else (503, 0))
 
 
-async def _result(future: asyncio.Future[Outcome]) -> Outcome:
+async def _result(future: asyncio.Future[T]) -> T:
     return await future
 
 
@@ -124,23 +132,6 @@ def test_several_targets_are_acked_one_by_one(world: World) -> None:
     world.run(play())
 
 
-def test_one_target_of_several_without_an_ack_and_nobody_keeps_the_key(world: World) -> None:
-    targets = ("near-some-1", "near-some-2", "third-some-3")
-
-    async def some(kms: Kms, keys: Keys) -> None:
-        await kms.ack(keys.callback or "", (m.RELAYED, keys.values, Names.of("own-a", targets[0])))
-
-    async def play() -> None:
-        world.near.plans[targets[0]] = Plan(say=some)
-        assert await world.enc("own-a", *targets, "own-b") == (503, {})
-        for kms in (world.near, world.third):
-            await world.settled(kms, *targets)
-            assert kms.of(*targets)
-            assert {key.state for key in kms.of(*targets).values()} == {VOIDED}
-
-    world.run(play())
-
-
 def test_the_bytes_and_names_of_a_request_are_the_same_however_often_it_comes(world: World) -> None:
     async def play() -> None:
         resets = [Reply(is_reset=True, is_heeded=False)] * 2 + [Reply(503), Reply(is_cut=True)]
@@ -149,18 +140,6 @@ def test_the_bytes_and_names_of_a_request_are_the_same_however_often_it_comes(wo
         first, *more = world.near.heard(m.KEYS, "near-often")
         assert more
         assert all(one == first for one in more)
-
-    world.run(play())
-
-
-def test_an_answer_that_does_not_come_in_time_leaves_no_key_at_one_end(world: World) -> None:
-    async def play() -> None:
-        world.near.plans["near-hang"] = Plan(keys=repeat(Reply(wait_s=6.0)), say=silent)
-        status, keys = await world.enc("own-a", "near-hang", number=2)
-        assert (status, keys) == (503, {})
-        await until(
-            lambda: {key.state for key in world.near.of("near-hang").values()} == {VOIDED}, timeout_s=14
-        )
 
     world.run(play())
 
@@ -176,26 +155,6 @@ def test_a_key_that_our_application_has_is_not_voided(world: World) -> None:
         assert await world.void_word(world.near, first) == m.FAILED_TO_VOID
         assert world.near.give(second, "near-kept") == keys[second]
         await world.check_outbound(world.near, names, keys)
-
-    world.run(play())
-
-
-def test_a_peer_that_cannot_void_is_asked_for_a_while_and_then_no_more(world: World) -> None:
-    """Our application never gets the key, whatever the peer's has done with it."""
-
-    async def refuse(kms: Kms, void: Void, _parts: list[Part]) -> None:
-        for one in void.key_ids:
-            kms.held[one].state = RELAYED
-        assert void.callback is not None
-        await kms.ack(void.callback, (m.FAILED_TO_VOID, void.key_ids, void.names))
-
-    async def play() -> None:
-        world.near.plans["near-stubborn"] = Plan(say=silent, say_void=refuse)
-        assert (await world.enc("own-a", "near-stubborn"))[0] == 503
-        await until(lambda: len(world.near.heard(m.VOID, "near-stubborn")) >= 3)
-        world.near.plans["near-stubborn"] = Plan()
-        await world.settled(world.near, "near-stubborn")
-        await world.check_outbound(world.near, Names.of("own-a", "near-stubborn"), {})
 
     world.run(play())
 
@@ -229,14 +188,6 @@ def test_connections_torn_down_before_the_body_was_read(world: World) -> None:
         status, keys = await world.enc("own-a", "rough-1", number=2)
         assert status == 200
         await world.check_outbound(rough, Names.of("own-a", "rough-1"), keys)
-
-    world.run(play())
-
-
-def test_nothing_is_sent_to_who_only_listens_at_a_peers_address(world: World) -> None:
-    async def play() -> None:
-        assert await world.enc("own-a", "sound-1") == (503, {})
-        assert world.kms["sound"].log == []
 
     world.run(play())
 
@@ -402,16 +353,6 @@ def test_an_ack_that_does_not_arrive_is_said_again(world: World, trouble: str) -
     world.near.plans[names.initiator] = Plan(acks=iter(ACK_TROUBLES[trouble]))
     hand_over(world, names)
     settle(world, names, RELAYED)
-
-
-def test_an_ack_that_never_arrives_ends_in_a_void(world: World) -> None:
-    names = Names.of("near-deaf", "own-b")
-    world.near.plans[names.initiator] = Plan(acks=repeat(Reply(503, is_heeded=False)))
-    values = hand_over(world, names)
-    world.run(until(lambda: world.near.heard(m.VOID, names.initiator)))
-    world.near.plans[names.initiator] = Plan()
-    world.run(world.lent(world.near, values, VOIDED))
-    settle(world, names, VOIDED)
 
 
 def test_an_ack_for_a_key_that_the_peer_does_not_know_ends_in_a_void(world: World) -> None:
@@ -715,6 +656,81 @@ def test_extensions_pass_unchanged_and_mandatory_ones_are_refused(world: World) 
     (heard,) = world.third.heard(m.KEYS, names.initiator)
     assert heard["extension_optional"] == extension
     assert heard["keys"][0]["extension"] == {"E32473_key": [1]}
+
+
+# --- what takes its time, begun at once ------------------------------------------------------------------
+
+LONG: dict[str, Callable[[World], Coroutine[Any, Any, None]]] = {}
+
+
+def long(play: Callable[[World], Coroutine[Any, Any, None]]) -> Callable[[World], Coroutine[Any, Any, None]]:
+    """Runs beside everything else."""
+    LONG[play.__name__] = play
+    return play
+
+
+@long
+async def one_target_of_several_without_an_ack_and_nobody_keeps_the_key(world: World) -> None:
+    targets = ("near-some-1", "near-some-2", "third-some-3")
+
+    async def some(kms: Kms, keys: Keys) -> None:
+        await kms.ack(keys.callback or "", (m.RELAYED, keys.values, Names.of("own-a", targets[0])))
+
+    world.near.plans[targets[0]] = Plan(say=some)
+    assert await world.enc("own-a", *targets, "own-b") == (503, {})
+    for kms in (world.near, world.third):
+        await world.settled(kms, *targets)
+        assert kms.of(*targets)
+        assert {key.state for key in kms.of(*targets).values()} == {VOIDED}
+
+
+@long
+async def an_answer_that_does_not_come_in_time_leaves_no_key_at_one_end(world: World) -> None:
+    world.near.plans["near-hang"] = Plan(keys=repeat(Reply(wait_s=6.0)), say=silent)
+    assert await world.enc("own-a", "near-hang", number=2) == (503, {})
+    await until(lambda: {key.state for key in world.near.of("near-hang").values()} == {VOIDED}, timeout_s=20)
+
+
+@long
+async def a_peer_that_cannot_void_is_asked_for_a_while_and_then_no_more(world: World) -> None:
+    """Our application never gets the key, whatever the peer's has done with it."""
+
+    async def refuse(kms: Kms, void: Void, _parts: list[Part]) -> None:
+        for one in void.key_ids:
+            kms.held[one].state = RELAYED
+        assert void.callback is not None
+        await kms.ack(void.callback, (m.FAILED_TO_VOID, void.key_ids, void.names))
+
+    world.near.plans["near-stubborn"] = Plan(say=silent, say_void=refuse)
+    assert await world.enc("own-a", "near-stubborn") == (503, {})
+    await asyncio.sleep(VOID_GIVE_UP_S + 1)
+    asked = len(world.near.heard(m.VOID, "near-stubborn"))
+    assert asked > 3
+    await asyncio.sleep(2)
+    assert len(world.near.heard(m.VOID, "near-stubborn")) == asked
+
+
+@long
+async def an_ack_that_never_arrives_ends_in_a_void(world: World) -> None:
+    names = Names.of("near-deaf", "own-b")
+    world.near.plans[names.initiator] = Plan(acks=repeat(Reply(503, is_heeded=False)))
+    values = fresh(2)
+    await world.near.hand_over(names, values)
+    await until(lambda: world.near.heard(m.VOID, names.initiator), timeout_s=20)
+    world.near.plans[names.initiator] = Plan()
+    await world.lent(world.near, values, VOIDED)
+    await world.check_inbound(world.near, names)
+
+
+@long
+async def nothing_is_sent_to_who_only_listens_at_a_peers_address(world: World) -> None:
+    assert await world.enc("own-a", "sound-1") == (503, {})
+    assert world.kms["sound"].log == []
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_that(world: World, begun: dict[str, asyncio.Future[None]], name: str) -> None:
+    world.run(_result(begun[name]))
 
 
 # --- processes that die ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tests.independent020.messages import Names
 from tests.independent020.peer import FAILED, FREE, RELAYED, VOIDED, Kms, Lent, until
 
 PEERS = ("near", "third", "rough", "sound")
+VOID_GIVE_UP_S = 10.0
 T = TypeVar("T")
 
 
@@ -60,7 +61,7 @@ class World:
             directory,
             proofs=proofs,
             neighbours=neighbours,
-            border={"ack_give_up_s": 4.0, "void_give_up_s": 20.0, "void_repeat_s": 0.5},
+            border={"ack_give_up_s": 4.0, "void_give_up_s": VOID_GIVE_UP_S, "void_repeat_s": 0.5},
         )
         self.run(self._join(sockets))
         self.site.start()
@@ -212,9 +213,9 @@ class World:
                 assert status in (400, 401)
             assert (await self.dec(target, initiator, one))[0] in (400, 401)
 
-    async def lent(self, kms: Kms, values: Iterable[str], *states: str) -> None:
+    async def lent(self, kms: Kms, values: Iterable[str], *states: str, timeout_s: float = 20.0) -> None:
         """Waits until keys that a peer handed over are in one of these states."""
-        await until(lambda: all(kms.lent[one].state in states for one in values))
+        await until(lambda: all(kms.lent[one].state in states for one in values), timeout_s=timeout_s)
 
     async def void_word(self, kms: Kms, key_id: str) -> str:
         """What the site answered to the void of a key that it had handed over."""

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mesh.core.border import SETTLED_INBOUND, SETTLED_OUTBOUND, Inbound, Outbound
+from mesh.lab.ground import free_ports
 from tests.conformance.wire import Wire, client_context
-from tests.fakes.border_site import BorderSite, Neighbour, free_ports
+from tests.fakes.border_site import BorderSite, Neighbour
 
 pytestmark = pytest.mark.slow
 ENC, DEC = "/api/v1/keys/uk-b/enc_keys", "/api/v1/keys/can-a/dec_keys"
