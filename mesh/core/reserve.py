@@ -312,6 +312,8 @@ class InboundReserve:
         self._taking: set[Range] = set()
         self._tag_memory_slots = tag_memory_slots
         self._used_slots = 0
+        # Counted along the way: used ranges are many where slaves fetch out of order.
+        self._used_sealed = 0
         self.tag_floor = 0
 
     # appending
@@ -350,6 +352,7 @@ class InboundReserve:
         for span in spans:
             self._used.add(span)
         self._used_slots = self._used.total
+        self._count_used_sealed()
         self._forget_tags()
 
     # redeeming
@@ -389,6 +392,8 @@ class InboundReserve:
         for span in spans:
             self._taking.discard(span)
             if is_durable and span.stop > self.retired_below:
+                if self._sealed.overlaps(span):
+                    self._used_sealed += _overlap(self._sealed, span)
                 self._used.add(span)
                 self._used_slots += span.stop - span.start
         self._forget_tags()
@@ -401,6 +406,10 @@ class InboundReserve:
         for ranges in (self._keys, self._sealed, self._used):
             ranges.discard_below(below)
         self._used_slots = self._used.total
+        self._count_used_sealed()
+
+    def _count_used_sealed(self) -> None:
+        self._used_sealed = sum(_overlap(self._used, span) for span in self._sealed)
 
     def _forget_tags(self) -> None:
         """Moves the floor below which redeemed slots' tag parts are no longer kept (4.3)."""
@@ -425,12 +434,12 @@ class InboundReserve:
     @property
     def held_key_slots(self) -> int:
         """Key slots that can still be redeemed."""
-        return self._keys.total - sum(self._overlap_total(self._keys, span) for span in self._used)
+        return self.held_slots - self.held_sealed_slots
 
     @property
     def held_sealed_slots(self) -> int:
         """Sealed slots not used yet."""
-        return self._sealed.total - sum(self._overlap_total(self._sealed, span) for span in self._used)
+        return self._sealed.total - self._used_sealed
 
     @property
     def redeemed_slots(self) -> int:
@@ -447,6 +456,7 @@ class InboundReserve:
         """Slots present and unused, of both kinds: what bounds a source (3.9)."""
         return self._keys.total + self._sealed.total - self._used.total
 
-    @staticmethod
-    def _overlap_total(ranges: RangeSet, span: Range) -> int:
-        return span.stop - span.start - sum(gap.stop - gap.start for gap in ranges.missing_in(span))
+
+def _overlap(ranges: RangeSet, span: Range) -> int:
+    """How many offsets of ``span`` are in the set."""
+    return span.stop - span.start - sum(gap.stop - gap.start for gap in ranges.missing_in(span))

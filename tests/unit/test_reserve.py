@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from mesh.core.ranges import Range
@@ -226,3 +228,36 @@ def test_draw_times_step_coarsely_and_expire() -> None:
     assert clock.expired_below(100, 95) == 5
     assert clock.expired_below(100, 95) == 0
     assert DrawClock(step_s=10, known=[(20, 11.0)]).expired_below(200, 95) == 20
+
+
+def test_held_slots_of_each_kind_are_what_is_present_and_not_used() -> None:
+    """Counted along the way; here counted anew, slot by slot, over a random life."""
+    random = Random(7)
+    reserve = InboundReserve("kme-a", 0)
+    present: dict[SlotKind, set[int]] = {kind: set() for kind in SlotKind}
+    used: set[int] = set()
+    end = 0
+    for _ in range(300):
+        if random.random() < 0.3:
+            kind = random.choice(list(SlotKind))
+            span = Range(end := end + random.randrange(3), end := end + random.randrange(1, 40))
+            reserve.begin_append(span)
+            reserve.end_append(span, kind, is_durable=True)
+            present[kind].update(range(span.start, span.stop))
+        kind = random.choice(list(SlotKind))
+        free = sorted(present[kind] - used)
+        if free:
+            slot = random.choice(free)
+            reserve.take([Range(slot, slot + 1)], kind)
+            is_durable = random.random() < 0.9
+            reserve.settle([Range(slot, slot + 1)], is_durable=is_durable)
+            used |= {slot} if is_durable else set()
+        if random.random() < 0.02:
+            reserve.restore_used(Range(slot, slot + 1) for slot in used)
+        if random.random() < 0.03:
+            below = random.randrange(end + 1)
+            reserve.retire(below)
+            for slots in (*present.values(), used):
+                slots.difference_update(range(below))
+        assert reserve.held_key_slots == len(present[SlotKind.KEYS] - used)
+        assert reserve.held_sealed_slots == len(present[SlotKind.SEALED] - used)
