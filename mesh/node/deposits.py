@@ -355,7 +355,10 @@ class InboundDeposits:
             return DONE
 
         def after() -> None:
+            held = book.slots.held_key_slots
             book.retired(retire.below_slot, files)
+            unfetched = (held - book.slots.held_key_slots) * KEY_PART_BYTES
+            self._around.metrics.unfetched_bytes.labels(source).inc(unfetched)
             if is_all:
                 self._reserves.forget_inbound(book)
 

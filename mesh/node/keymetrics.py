@@ -37,6 +37,11 @@ class KeyMetrics:
         self.keys_refused = metrics.counter(
             "keys_refused", "Calls for keys that failed; method is draw or redeem.", ["method", "reason"]
         )
+        self.unfetched_bytes = metrics.counter(
+            "reserve_unfetched_bytes",
+            "Key bytes retired here that nobody had fetched.",
+            ["peer"],
+        )
         self.routes_named = metrics.counter(
             "routes_named",
             "Times a route, by the nodes between its ends, lied, was suspected or stayed silent.",
