@@ -6,14 +6,16 @@ import asyncio
 import logging
 import os
 import ssl
+import sys
 import time
 from pathlib import Path
 
 from mesh.devices.buffer import DevicePair
 from mesh.devices.config import DeviceConfig, EndConfig, load_config
 from mesh.devices.server import DeviceServer
-from mesh.errors import CallerError, ErrorReason
+from mesh.errors import CallerError, ConfigError, ErrorReason
 from mesh.ops.logging import setup_logging
+from mesh.ops.runtime import EXIT_CONFIG
 from mesh.ops.runtime import run as run_process
 
 _log = logging.getLogger(__name__)
@@ -57,9 +59,13 @@ def build(config: DeviceConfig) -> DeviceServer:
 
 def run(config_file: Path) -> int:
     """Run the pair of ``config_file`` until it is told to stop; return the exit status."""
+    try:
+        config = load_config(config_file)
+    except ConfigError as error:
+        sys.stderr.write(f"keymesh: qkd-device: {error}\n")
+        return EXIT_CONFIG
 
     async def main(stop: asyncio.Event) -> None:
-        config = load_config(config_file)
         setup_logging(facts={"device": config.device_id})
         server = build(config)
         end_a, end_b, control = await server.start()

@@ -873,8 +873,8 @@ def test_fault_both_directions_at_once_do_not_block_each_other(stack: Stack) -> 
         key = master.enc(slave).json()["keys"][0]
         return bool(slave.dec(master, key["key_ID"]).json()["keys"] == [key])
 
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(both_ways, range(32)))
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(both_ways, range(64)))
 
 
 def test_fault_health_and_metrics_show_no_key_facts(stack: Stack) -> None:

@@ -83,6 +83,10 @@ def test_version_and_help_import_no_heavy_library() -> None:
         ("links --node a", 2, "--address"),
         ("network sign s --key {dir}/none --out o", 2, "none"),
         ("config check {dir}/none.yaml", 2, "none.yaml"),
+        ("qkd-device run --config {dir}/none.yaml", 2, "none.yaml"),
+        ("node run --config {dir}/none.yaml", 2, "none.yaml"),
+        ("hub run --config {dir}/none.yaml", 2, "none.yaml"),
+        ("gateway run --config {dir}/none.yaml", 2, "none.yaml"),
     ],
 )
 def test_mistakes_are_named_in_one_line(
