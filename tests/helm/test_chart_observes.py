@@ -157,8 +157,7 @@ def test_what_is_alerted_on_can_be_looked_at() -> None:
     expressions = [re.sub(r'"[^"]*"', '""', rule["expr"]) for rule in alerts()]
     compared = {name for one in expressions for name, _ in _uses(one) if name} - _FOREIGN.keys()
     compared -= {f"keymesh_link_{what}" for what in ("opened_total", "quarantined_blocks", "device_up")}
-    compared -= {"keymesh_gateway_peer_up", "keymesh_psrd_low_water_bytes"}
-    compared -= {"keymesh_lane_capacity_bytes", "keymesh_rpc_refused_total"}
+    compared -= {"keymesh_psrd_low_water_bytes", "keymesh_lane_capacity_bytes", "keymesh_rpc_refused_total"}
     assert [name for name in compared if name not in shown] == []
 
 
