@@ -28,6 +28,7 @@ from gateway.config import Limits
 from gateway.exchange import Answer, Api, HttpRefusal, Identified, Request
 from gateway.telemetry import Telemetry
 from mesh.client import NotAuthorizedError
+from mesh.ops.logging import adopted_request_id
 
 _LOG = logging.getLogger("keymesh.gateway")
 
@@ -171,6 +172,8 @@ class RestServer:
         is_denied: whether a certificate was withdrawn since.
         limits: bounds of connections, requests, bodies and waits.
         telemetry: counts.
+        adopts_request_ids: callers name their requests (``X-Request-Id``), and their word goes on, with
+            their own id in front.
         now_s: seconds since the epoch.
     """
 
@@ -182,9 +185,11 @@ class RestServer:
         is_denied: Callable[[Identified], bool],
         limits: Limits,
         telemetry: Telemetry,
+        adopts_request_ids: bool = False,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self.api = api
+        self._adopts_request_ids = adopts_request_ids
         self._identify = identify
         self._is_denied = is_denied
         self._limits = limits
@@ -274,6 +279,8 @@ class RestServer:
             )
             return self.api.refused(refusal)
         headers = http.headers
+        if self._adopts_request_ids and caller_id:
+            request_id = adopted_request_id(caller_id, headers.get("X-Request-Id", ""), request_id)
         request = Request(
             http.method,
             http.raw_path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gateway.exchange import Answer, Api, HttpRefusal, Request
-from mesh.ops.logging import serving
+from mesh.ops.logging import origin, serving
 from mesh.ops.tracing import is_traced, span
 
 
@@ -27,7 +27,9 @@ class Traced:
 
     async def answer(self, request: Request) -> Answer:
         """See ``Api``."""
-        with serving(request.request_id), span(request.verb, is_first=True) as own:
+        # A request that another operator passed on has its first span there.
+        is_first = origin(request.request_id) == request.request_id
+        with serving(request.request_id), span(request.verb, is_first=is_first) as own:
             answer = await self._api.answer(request)
             own.name(f"{request.verb} {answer.method}")
             own.note({"http.response.status_code": answer.status, "keymesh.reason": answer.reason})

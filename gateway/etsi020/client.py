@@ -35,6 +35,7 @@ from mesh.client.border import Job, Outcome, PostAcks, PostKeys
 from mesh.ops.certificates import fingerprint_of, serial_of
 from mesh.ops.denylist import DenyList
 from mesh.ops.diagnosis import Expectation
+from mesh.ops.logging import clean_request_id
 from mesh.ops.tls import TlsFiles, client_context
 from mesh.ops.watch import FileWatch
 
@@ -176,7 +177,9 @@ class PeerClient:
     async def _post(self, peer: _Peer, url: str, body: bytes, limit_s: float, job: Job) -> Outcome:
         timeout = aiohttp.ClientTimeout(total=max(limit_s, 1.0), connect=CONNECT_TIMEOUT_S)
         try:
-            async with self._request("POST", url, peer, timeout, body) as response:
+            async with self._request(
+                "POST", url, peer, timeout, body=body, request_id=job.request_id
+            ) as response:
                 return _outcome(response, await _read(response), job)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             return Outcome(problem=_cause(error), was_sent=False)
@@ -184,7 +187,14 @@ class PeerClient:
             return Outcome(problem=_cause(error), was_sent=True)
 
     def _request(
-        self, verb: str, url: str, peer: _Peer, timeout: aiohttp.ClientTimeout, body: bytes | None = None
+        self,
+        verb: str,
+        url: str,
+        peer: _Peer,
+        timeout: aiohttp.ClientTimeout,
+        *,
+        body: bytes | None = None,
+        request_id: str = "",
     ) -> aiohttp.client._RequestContextManager:
         if self._session is None:
             raise RuntimeError("the client is not open")
@@ -192,6 +202,7 @@ class PeerClient:
             verb,
             url,
             data=body,
+            headers={"X-Request-Id": clean_request_id(request_id)} if request_id else None,
             ssl=peer.context,
             server_hostname=peer.settings.server_name,
             allow_redirects=False,

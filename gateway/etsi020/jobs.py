@@ -17,7 +17,7 @@ from typing import Final
 from gateway.telemetry import PeerTelemetry
 from mesh.client import MeshError, UnavailableError
 from mesh.client.border import BorderClient, Job, Outcome
-from mesh.ops.logging import clean_request_id, serving
+from mesh.ops.logging import clean_request_id, log_soon, serving
 from mesh.ops.tracing import span
 
 _LOG = logging.getLogger("keymesh.gateway")
@@ -79,6 +79,8 @@ class JobRunner:
             outcome = await self._performed(job)
             self._telemetry.performed(job.peer, job.kind, outcome.http_status, time.perf_counter() - began_s)
             own.note({"http.response.status_code": outcome.http_status or 0})
+            facts = {"peer": job.peer, "kind": job.kind, "http_status": outcome.http_status}
+            log_soon(_LOG, "posted to a key manager", **facts)
             await self._complete(job, outcome)
 
     async def _performed(self, job: Job) -> Outcome:

@@ -80,6 +80,7 @@ class BorderSide:
             ),
             limits=self._limits,
             telemetry=Telemetry(metrics, METHODS),
+            adopts_request_ids=True,
         )
         telemetry = PeerTelemetry(metrics)
         self._client = PeerClient(

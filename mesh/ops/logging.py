@@ -55,6 +55,20 @@ def clean_request_id(text: object) -> str:
     return new_request_id()
 
 
+def adopted_request_id(sender: str, text: str, otherwise: str) -> str:
+    """The id of a request that came from another operator's ``sender`` under the id ``text``.
+
+    Who sent it stands in front, so that nobody's word passes for ours; ``otherwise`` if that is not fit.
+    """
+    adopted = f"{sender}:{text}"
+    return adopted if text and _REQUEST_ID.fullmatch(adopted) else otherwise
+
+
+def origin(identifier: str) -> str:
+    """The id of a request where it began, without who passed it on."""
+    return identifier.rpartition(":")[2]
+
+
 @contextmanager
 def serving(identifier: str) -> Iterator[str]:
     """Sets the request id for everything logged inside, in this task and its children."""

@@ -22,6 +22,7 @@ from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
 from mesh import __version__
 from mesh.errors import MeshError
+from mesh.ops.logging import origin
 from mesh.ops.tracing import Attribute, Span
 
 _EXPORT_TIMEOUT_S = 5.0
@@ -30,7 +31,7 @@ _CLOSE_TIMEOUT_MS = 3000
 
 def trace_ids(identifier: str) -> tuple[int, int]:
     """Trace id and first span's id of a request; neither is ever 0."""
-    digest = hashlib.sha256(b"keymesh request " + identifier.encode()).digest()
+    digest = hashlib.sha256(b"keymesh request " + origin(identifier).encode()).digest()
     return int.from_bytes(digest[:16], "big") or 1, int.from_bytes(digest[16:24], "big") or 1
 
 

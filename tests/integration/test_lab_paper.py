@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import sqlite3
@@ -116,6 +117,25 @@ def test_keys_cross_both_borders_and_the_ocean_in_either_direction(root: Path) -
     saes = keymesh("sae", "list", "--lab", str(root)).stdout
     assert A in saes
     assert B in saes
+
+
+def test_one_request_id_leads_through_both_borders_and_the_hubs(root: Path) -> None:
+    lab = lab_json(root)
+    with encryptor(lab, A) as a, encryptor(lab, B) as b:
+        keys = a.enc_keys(B)
+        request_id = a.request_id
+        assert fetched(b, keys) == keys
+
+    def told(member: str) -> set[str]:
+        lines = (root / "log" / f"{member}.log").read_text().splitlines()
+        return {json.loads(line)["event"] for line in lines if request_id in line}
+
+    for border in BORDERS:
+        is_entry = border in ("dske-can-site-z", "uk-site-x")
+        assert ("foreign keys taken" if is_entry else "border request performed") in told(border), border
+        if not is_entry:
+            assert "posted to a key manager" in told(f"gw-{border}")
+    assert (root / "audit" / "can-site-x.jsonl").read_text().count(request_id) == 1
 
 
 def test_kill_9_in_the_middle_of_hand_overs_leaves_no_key_at_one_end_only(root: Path) -> None:

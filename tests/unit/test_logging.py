@@ -12,7 +12,15 @@ import pytest
 
 from mesh.errors import ConfigError, ShortageError
 from mesh.ops import logging as ops_logging
-from mesh.ops.logging import JsonFormatter, clean_request_id, new_request_id, serving, setup_logging
+from mesh.ops.logging import (
+    JsonFormatter,
+    adopted_request_id,
+    clean_request_id,
+    new_request_id,
+    origin,
+    serving,
+    setup_logging,
+)
 
 SECRET = bytes.fromhex("00112233445566778899aabbccddeeff")
 
@@ -142,3 +150,11 @@ def test_request_id_is_a_context_variable() -> None:
             assert ops_logging.request_id.get() == "inner"
         assert ops_logging.request_id.get() == "outer"
     assert ops_logging.request_id.get() == ""
+
+
+def test_an_id_from_another_operator_names_its_sender() -> None:
+    assert adopted_request_id("can-z", "4f1c-2a", "own-1") == "can-z:4f1c-2a"
+    assert adopted_request_id("uk-x", "can-z:4f1c-2a", "own-1") == "uk-x:can-z:4f1c-2a"
+    for text in ("", "a b", "x" * 64, "new\nline", "ü"):
+        assert adopted_request_id("can-z", text, "own-1") == "own-1"
+    assert origin("uk-x:can-z:4f1c-2a") == origin("4f1c-2a") == "4f1c-2a"
