@@ -397,7 +397,7 @@ def _add_lab(commands: Commands[argparse.ArgumentParser]) -> None:
         "--round-trip", type=float, default=85.0, metavar="MS", help="of the emulated ocean (default 85)"
     )
     paper.add_argument("--dir", type=Path, default=Path("build/paper"), metavar="DIR", help="for the results")
-    text = "show where each millisecond of one request goes; restarts nodes, hubs and gateways for it"
+    text = "show where each millisecond of a request goes; restarts nodes, hubs and gateways for it"
     trace = _command(group, "trace", text, _lab_trace)
     trace.add_argument("--master", metavar="SAE", help="who asks (default: the first SAE)")
     trace.add_argument("--slave", metavar="SAE", help="for whom (default: the last SAE at another node)")
@@ -467,14 +467,14 @@ def _lab_demo(arguments: argparse.Namespace) -> int:
 def _lab_trace(arguments: argparse.Namespace) -> int:
     from mesh.lab.control import Progress
     from mesh.lab.encryptor import RefusedError
-    from mesh.lab.trace import trace_request
+    from mesh.lab.trace import table, trace_request
 
     progress = Progress()
     try:
-        traced = trace_request(arguments.dir, progress, master=arguments.master, slave=arguments.slave)
+        rows = trace_request(arguments.dir, progress, master=arguments.master, slave=arguments.slave)
     except RefusedError as error:
         raise UnavailableError(f"a request was refused: {error}") from error
-    print(traced.table())
+    print(table(rows))
     return 0
 
 

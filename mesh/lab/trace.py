@@ -1,24 +1,26 @@
 """``keymesh lab trace``: where each millisecond of one request goes, hop by hop.
 
-Nodes, hubs and gateways run with their spans in their logs for a moment; of some requests the one of
-median length is taken, and every instant of it is given to the span that began last and is still under
-way. All processes of a lab share one clock. Must find a quiet lab: what others ask for meanwhile would
-stand between the lines.
+Nodes, hubs and gateways run with their spans in their logs for a moment. Every instant of a request is
+given to the span that began last and is still under way; of several requests the medians are shown. All
+processes of a lab share one clock. Must find a quiet lab: what others ask for meanwhile would stand
+between the lines.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
 
-from mesh.errors import CallerError, ConfigError, ErrorReason
+from mesh.errors import ConfigError
 from mesh.lab.control import Progress, restart_processes, rewrite_config
 from mesh.lab.ready import DeliveryCheck, encryptor, wait_until
 from mesh.lab.state import LabDirectory
@@ -47,38 +49,54 @@ class Span:
         return self.began_us + self.took_us
 
 
-@dataclass(slots=True)
-class Traced:
-    """One request, and what happened meanwhile.
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A span as it usually is: medians over the requests that have it; milliseconds.
 
     Attributes:
-        spans: in the order of their beginnings, the request itself first.
-        own_us: how much of the request is each span's own, in the same order.
+        at_ms: after the request began.
+        own_ms: the part of the request that is this span's own.
     """
 
-    spans: list[Span]
-    own_us: list[int] = field(default_factory=list)
+    process: str
+    what: str
+    at_ms: float
+    took_ms: float
+    own_ms: float
 
-    def __post_init__(self) -> None:
-        self.own_us = shares(self.spans)
 
-    def table(self) -> str:
-        """For people; milliseconds."""
-        request = self.spans[0]
-        lines = [f"{'at':>8}{'took':>9}{'own':>9}  {'process':20}what"]
-        for span, own_us in zip(self.spans, self.own_us, strict=True):
-            at_ms = (span.began_us - request.began_us) / 1000
-            lines.append(
-                f"{at_ms:8.2f}{span.took_us / 1000:9.2f}{own_us / 1000:9.2f}  {span.process:20}{span.what}"
-            )
-        by_process: dict[str, int] = {}
-        for span, own_us in zip(self.spans, self.own_us, strict=True):
-            by_process[span.process] = by_process.get(span.process, 0) + own_us
-        parts = sorted(by_process.items(), key=lambda item: -item[1])
-        lines.append("")
-        lines.append("own milliseconds by process, waiting for the network and for the disk included:")
-        lines += [f"{own_us / 1000:8.2f}  {process}" for process, own_us in parts if own_us]
-        return "\n".join(lines)
+def summarise(requests: Sequence[Sequence[Span]]) -> list[Row]:
+    """What happens in most requests, in the order in which it begins.
+
+    Args:
+        requests: the spans of each, in the order of their beginnings, the request itself first.
+    """
+    seen: defaultdict[tuple[str, str, int], list[tuple[int, int, int]]] = defaultdict(list)
+    for spans in requests:
+        count: Counter[tuple[str, str]] = Counter()
+        for span, own_us in zip(spans, shares(spans), strict=True):
+            count[span.process, span.what] += 1
+            key = span.process, span.what, count[span.process, span.what]
+            seen[key].append((span.began_us - spans[0].began_us, span.took_us, own_us))
+    rows = [
+        Row(process, what, *(median(column) / 1000 for column in zip(*values, strict=True)))
+        for (process, what, _), values in seen.items()
+        if 2 * len(values) > len(requests)
+    ]
+    return sorted(rows, key=lambda row: row.at_ms)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """For people."""
+    lines = [f"{'at':>8}{'took':>9}{'own':>9}  {'process':20}what"]
+    by_process: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        lines.append(f"{row.at_ms:8.2f}{row.took_ms:9.2f}{row.own_ms:9.2f}  {row.process:20}{row.what}")
+        by_process[row.process] += row.own_ms
+    lines += ["", "own milliseconds by process, waiting for the network and for the disk included:"]
+    parts = sorted(by_process.items(), key=lambda part: -part[1])
+    lines += [f"{own_ms:8.2f}  {process}" for process, own_ms in parts if own_ms]
+    return "\n".join(lines)
 
 
 def shares(spans: Sequence[Span]) -> list[int]:
@@ -102,8 +120,8 @@ def _edges(span: Span) -> tuple[int, int]:
 
 def trace_request(
     root: Path, progress: Progress, *, master: str | None = None, slave: str | None = None
-) -> Traced:
-    """Trace a request for one key in the running lab of ``root``; it runs as before afterwards.
+) -> list[Row]:
+    """Trace requests for one key in the running lab of ``root``; it runs as before afterwards.
 
     Args:
         master: the SAE that asks, by default the first.
@@ -118,12 +136,16 @@ def trace_request(
     a, b = _pair(directory.read_lab(), master, slave)
     with _spans_in_logs(directory, progress):
         logs = {one.id: Path(one.log) for one in directory.read_processes() if one.kind in _TRACED}
-        requests = _ask(directory, a, b, logs)
-        progress.done(f"{_REQUESTS} keys for {b} asked for by {a}; the one of median length follows")
-        offsets, request = sorted(requests, key=lambda one: one[1].took_us)[len(requests) // 2]
+        offsets, requests = _ask(directory, a, b, logs)
         spans = [one for process, log in logs.items() for one in read_spans(process, log, offsets[process])]
-    during = [one for one in spans if request.began_us <= one.began_us <= request.end_us]
-    return Traced([request, *sorted(during, key=lambda one: one.began_us)])
+    spans.sort(key=lambda one: one.began_us)
+    progress.done(f"{_REQUESTS} keys for {b} asked for by {a}, one after the other: medians follow")
+    return summarise(
+        [
+            [request, *(one for one in spans if request.began_us <= one.began_us <= request.end_us)]
+            for request in requests
+        ]
+    )
 
 
 def _pair(lab: dict[str, Any], master: str | None, slave: str | None) -> tuple[str, str]:
@@ -159,22 +181,21 @@ def _spans_in_logs(directory: LabDirectory, progress: Progress) -> Iterator[None
 
 def _ask(
     directory: LabDirectory, master: str, slave: str, logs: dict[str, Path]
-) -> list[tuple[dict[str, int], Span]]:
-    """The sizes of all logs before each request, and the request."""
+) -> tuple[dict[str, int], list[Span]]:
+    """The sizes of all logs before the requests, and the requests."""
     requests = []
     with encryptor(directory.read_lab(), master) as sae:
         for _ in range(_WARM_UP):
             sae.enc_keys(slave)
+        offsets = {process: log.stat().st_size for process, log in logs.items()}
         for _ in range(_REQUESTS):
             time.sleep(_PAUSE_S)
-            offsets = {process: log.stat().st_size for process, log in logs.items()}
             began_us = time.time_ns() // 1000
-            if not sae.enc_keys(slave):
-                raise CallerError("no key came", reason=ErrorReason.UNKNOWN_KEY)
+            sae.enc_keys(slave)
             took_us = time.time_ns() // 1000 - began_us
-            requests.append((offsets, Span(master, f"asks for a key for {slave}", began_us, took_us)))
+            requests.append(Span(master, f"asks for a key for {slave}", began_us, took_us))
     time.sleep(_PAUSE_S)
-    return requests
+    return offsets, requests
 
 
 def read_spans(process: str, log: Path, offset: int = 0) -> Iterator[Span]:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from mesh.errors import ConfigError
-from mesh.lab.trace import Span, Traced, read_spans, shares
+from mesh.lab.trace import Span, read_spans, shares, summarise, table
 from mesh.ops.logging import JsonFormatter, serving
 from mesh.ops.spanlog import LOGGER
 from mesh.ops.tracing import TracingSection, close_tracing, is_traced, setup_tracing, span
@@ -72,22 +72,38 @@ def test_a_section_names_a_collector_or_the_log() -> None:
 
 
 def test_every_instant_is_the_latest_begun_spans() -> None:
-    request = Span("app", "asks", 1000, 100)
     spans = [
-        request,
+        Span("app", "asks", 1000, 100),
         Span("gw", "GET", 1010, 80),
         Span("kme-a", "draw", 1020, 30),
         Span("kme-b", "append", 1045, 20),
         Span("kme-c", "goes on", 1095, 50),
     ]
     assert shares(spans) == [15, 35, 25, 20, 5]
-    assert sum(shares(spans)) == request.took_us
+    assert sum(shares(spans)) == spans[0].took_us
 
 
-def test_the_table_says_when_how_long_and_how_much_of_it_was_its_own() -> None:
-    table = Traced([Span("app", "asks", 5000, 4000), Span("kme-a", "draw", 6000, 1500)]).table()
-    head, first, second, *rest = table.splitlines()
+def request(began_us: int, *rest: Span) -> list[Span]:
+    return [Span("app", "asks", began_us, 4000), *rest]
+
+
+def test_the_table_says_what_usually_happens_and_how_much_of_it_was_its_own() -> None:
+    rows = summarise(
+        [
+            request(5000, Span("kme-a", "draw", 6000, 1500)),
+            request(15_000, Span("kme-a", "draw", 15_500, 1000), Span("kme-a", "establish", 16_500, 500)),
+            request(25_000, Span("kme-a", "draw", 27_000, 2000)),
+        ]
+    )
+    assert [(row.process, row.what) for row in rows] == [("app", "asks"), ("kme-a", "draw")]
+    head, first, second, *rest = table(rows).splitlines()
     assert head.split() == ["at", "took", "own", "process", "what"]
     assert first.split() == ["0.00", "4.00", "2.50", "app", "asks"]
     assert second.split() == ["1.00", "1.50", "1.50", "kme-a", "draw"]
     assert [line.split() for line in rest[-2:]] == [["2.50", "app"], ["1.50", "kme-a"]]
+
+
+def test_the_same_span_twice_in_a_request_is_two_rows() -> None:
+    twice = [Span("kme-a", "post", 1000, 10), Span("kme-a", "post", 2000, 20)]
+    rows = summarise([request(0, *twice), request(0, *twice)])
+    assert [(row.at_ms, row.took_ms) for row in rows[1:]] == [(1.0, 0.01), (2.0, 0.02)]
