@@ -251,16 +251,14 @@ def test_a_target_that_does_not_answer_is_503_in_time_and_costs_little(metro: Me
     kept = metro.keys(2)
     os.kill(pid, signal.SIGSTOP)
     try:
-        answers: list[Answer] = []
-        for size_bits in (4096, 256):
-            while (answer := metro.x.enc_keys("sae-z-1", number=8, size_bits=size_bits)).status == 200:
-                continue
-            answers.append(answer)
-        assert {answer.status for answer in answers} == {503}
-        assert all(answer.took_s < 10 and answer.reason for answer in answers)
-        assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
+        while (answer := metro.x.enc_keys("sae-z-1", number=16)).status == 200:
+            continue
+        assert answer.status == 503
+        assert answer.took_s < 10
+        assert answer.reason
+        assert int(answer.headers["retry-after"]) >= 1
         before = burnt(metro, X)
-        assert metro.x.enc_keys("sae-z-1", number=8).status == 503
+        assert metro.x.enc_keys("sae-z-1", number=16).status == 503
         # One transfer for one key, and at most the refills that were due: nothing is retried in a loop.
         assert burnt(metro, X) - before < 65_536
         # What does not need the target goes on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from mesh.cli import main
 from mesh.lab import networks
 from mesh.store.failpoints import VARIABLE
 
@@ -72,6 +75,7 @@ class LabUnderTest:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._is_down = False
 
     @property
     def lab(self) -> dict[str, Any]:
@@ -84,6 +88,7 @@ class LabUnderTest:
         Raises:
             RuntimeError: it did not come up; says why.
         """
+        self._is_down = False
         done = self.run(
             "lab", "up", "--network", network, "--dir", str(self.folder), "--detach", timeout_s=130
         )
@@ -92,7 +97,9 @@ class LabUnderTest:
 
     def down(self) -> None:
         """Stop whatever runs."""
-        self.run("lab", "down", "--dir", str(self.folder))
+        if not self._is_down:
+            self.run("lab", "down", "--dir", str(self.folder))
+            self._is_down = True
 
     def kill(self, process_id: str) -> int:
         """Kill with SIGKILL; returns the pid, which is this lab's own by its command line."""
@@ -129,7 +136,10 @@ class LabUnderTest:
 
     def ask(self, what: str) -> dict[str, Any]:
         """What operators see: ``status``, ``links``, ``reserves`` or ``alarms``, by node that answers."""
-        return dict(json.loads(self.run(what, "--lab", str(self.folder), "--json").stdout or "{}"))
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            main([what, "--lab", str(self.folder), "--json"])
+        return dict(json.loads(said.getvalue() or "{}"))
 
     def alarms_for_operators(self) -> list[str]:
         """Alarms that mere kills may not raise: critical ones, and those that wait for the operator."""
