@@ -9,6 +9,7 @@ handshake failure hours later. Must not decide who is admitted: TLS verifies, an
 from __future__ import annotations
 
 import ipaddress
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -324,9 +325,14 @@ def _key(leaf: x509.Certificate, path: Path) -> list[Finding]:
     if private.public_key() != leaf.public_key():
         words = f"the key in {path} belongs to another certificate; renew both files together"
         findings.append(Finding(Problem.KEY_MISMATCH, words))
-    mode = path.stat().st_mode
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        words = f"the key in {path} can be read by others (mode {stat.S_IMODE(mode):04o}); set mode 0600"
+    status = path.stat()
+    exposed = status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+    if status.st_uid != os.geteuid() and status.st_gid == os.getegid():
+        # A mounted Secret belongs to root; our group is our only way to it.
+        exposed &= ~stat.S_IRGRP
+    if exposed:
+        mode = stat.S_IMODE(status.st_mode)
+        words = f"the key in {path} can be read by others (mode {mode:04o}); set mode 0600"
         findings.append(Finding(Problem.KEY_EXPOSED, words))
     return findings
 

@@ -93,7 +93,7 @@ def test_two_roots_in_one_file_are_tried_both(site: Site, tmp_path: Path) -> Non
     assert problems(explain(site.node.cert, ca=both)) == []
 
 
-def test_keys(site: Site, tmp_path: Path) -> None:
+def test_keys(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = site.pki.node("kme-b").save(tmp_path, "other")
     one(explain(site.node.cert, key=other.key), Problem.KEY_MISMATCH, "another certificate")
     one(explain(site.node.cert, key=site.node.cert), Problem.UNREADABLE, "swapped")
@@ -101,6 +101,13 @@ def test_keys(site: Site, tmp_path: Path) -> None:
     shutil.copy(site.node.key, exposed)
     exposed.chmod(0o644)
     one(explain(site.node.cert, key=exposed), Problem.KEY_EXPOSED, "0644")
+    with monkeypatch.context() as elsewhere:
+        # As in a pod: a Secret's files belong to root, and are read through the group.
+        elsewhere.setattr("os.geteuid", lambda: 10_001)
+        exposed.chmod(0o440)
+        assert problems(explain(site.node.cert, key=exposed)) == []
+        exposed.chmod(0o444)
+        one(explain(site.node.cert, key=exposed), Problem.KEY_EXPOSED, "0444")
     encrypted = tmp_path / "encrypted.key"
     key = serialization.load_pem_private_key(site.node.key.read_bytes(), None)
     encrypted.write_bytes(
