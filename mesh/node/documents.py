@@ -41,6 +41,7 @@ async def build_keeper(
             tables.meta.put("document", data)
 
         await store.commit(change)
+        alarms.clear(_ALARM)
 
     def refused(origin: str, error: MeshError) -> None:
         alarms.raise_alarm(_ALARM, "warning", f"document from {origin} refused: {error}", _NEXT_STEP)

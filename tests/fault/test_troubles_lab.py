@@ -232,6 +232,7 @@ def test_5_1_whoever_owns_etcd_moves_no_home_and_gets_no_key(metro: Metro) -> No
     done = metro.under_test.run("network", "sign", str(honest), "--key", str(key_file), "--out", str(signed))
     assert done.returncode == 0, done.stderr
     put_in_etcd(lab, {document_key(domain): signed.read_bytes()})
+    metro.until_alarm(X, "network/document", is_open=False)
     metro.heal()
     assert not metro.under_test.alarms_for_operators()
 
