@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import re
+import shlex
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +16,7 @@ import msgspec
 import pytest
 
 from gateway.config import GatewayConfig
+from mesh.cli import build_parser
 from mesh.node.config import NodeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +80,43 @@ def _anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+@EACH_PAGE
+def test_commands_and_their_options_exist(page: Path) -> None:
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    fenced = "\n".join(re.findall(r"^```[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    code = fenced + "\n" + "\n".join(re.findall(r"^ {4}(.*)$", text, re.MULTILINE))
+    for line in re.findall(r"^(?:\.venv/bin/)?keymesh (\w.*)$", code, re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        parser = build_parser(words[0])
+        for word in words:
+            choices = _subcommands(parser)
+            if word in choices:
+                parser = choices[word]
+            elif word.startswith("--"):
+                assert word in parser._option_string_actions, f"{page.name}: keymesh {line}: {word}"
+        assert parser.prog != "keymesh", f"{page.name}: keymesh {line}"
+
+
+def test_the_readme_lists_every_command() -> None:
+    rows = re.findall(r"^\| `keymesh (\S+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == _subcommands(build_parser()).keys()
+    for name, text in rows:
+        inner = _subcommands(_subcommands(build_parser(name))[name])
+        named = set(re.findall(r"`(\w+)`", text))
+        assert named <= inner.keys(), f"{name}: {named - inner.keys()}"
+        assert named in (inner.keys(), set()) or name in ("pki", "links"), f"{name}: {inner.keys() - named}"
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
 
 
 # -- operations.md -----------------------------------------------------------------------------
