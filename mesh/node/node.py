@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -29,7 +29,14 @@ from mesh.directory.etcd import EtcdClient, EtcdTls
 from mesh.directory.etcd_directory import EtcdDirectory
 from mesh.directory.port import Directory
 from mesh.directory.static import StaticDirectory
-from mesh.errors import ConfigError, MeshError, NotAuthorizedError, RolledBackError, UnavailableError
+from mesh.errors import (
+    ConfigError,
+    ErrorReason,
+    MeshError,
+    NotAuthorizedError,
+    RolledBackError,
+    UnavailableError,
+)
 from mesh.node.config import LinkSection, NodeConfig, load_node_config
 from mesh.node.documents import PeerDocuments, build_keeper
 from mesh.node.keymetrics import KeyMetrics
@@ -424,6 +431,7 @@ class Node:
             audit = AuditLog(Path(config.audit_log))
             stack.callback(audit.close)
         self.server = RpcServer(self.identity, files, metrics=self.metrics)
+        self._admit_batch = self.server.admission("/mesh.v1.KeyDelivery/Deliver")
         self.psrd = PsrdDesk(self.links.links, self.tasks.spawn)
         plane = self._key_plane()
         if plane is not None:
@@ -434,6 +442,7 @@ class Node:
                     staleness_s=self.directory.staleness_s,
                     admit=self._admit_gateway,
                     audit=None if audit is None else audit.record_all,
+                    readmit=self._readmit,
                 ),
             )
             self.server.add(add_PeerServicer_to_server, PeerService(plane))
@@ -457,6 +466,16 @@ class Node:
             ),
         )
         self.server.add(add_link_service, LinkService(self.links, self._neighbour))
+
+    def _readmit(self, context: Any) -> None:
+        """Whether a batch may begin on a stream that is open already.
+
+        Not for a certificate that is refused by now, and not while the node stops: what began then would
+        be cut with the stream, its keys spent and never answered.
+        """
+        if self.is_stopping:
+            raise UnavailableError("the node is stopping", reason=ErrorReason.SHUTTING_DOWN)
+        self._admit_batch(context)
 
     def _admit_gateway(self) -> None:
         """A gateway acts only for SAEs registered to it: those of the nodes that name it (5.2)."""

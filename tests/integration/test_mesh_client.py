@@ -303,6 +303,23 @@ async def test_a_fault_in_one_batch_leaves_the_others_their_stream(site: Site) -
     assert len((await slow).keys) == 1
 
 
+async def test_a_stopping_node_answers_what_it_began_and_begins_no_more(site: Site) -> None:
+    client = site.client()
+    slow = asyncio.ensure_future(client.get_keys("sae-a", "slow"))
+    await until(lambda: site.node.rpcs == 1)
+
+    def refuse(_: object) -> None:
+        raise UnavailableError("stopping", reason=ErrorReason.SHUTTING_DOWN)
+
+    site.node.readmit = refuse
+    with pytest.raises(UnavailableError) as caught:
+        await client.get_keys("sae-a", "sae-b")
+    assert caught.value.reason is ErrorReason.SHUTTING_DOWN
+    assert site.node.rpcs == 1
+    site.node.gate.set()
+    assert len((await slow).keys) == 1
+
+
 async def test_node_away_and_back(site: Site) -> None:
     client = site.client()
     await client.get_keys("sae-a", "sae-b")

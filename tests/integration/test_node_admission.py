@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from mesh.client import ErrorReason, MeshClient, MeshError
 from mesh.core.identity import Identity, Role
@@ -30,6 +32,11 @@ class Site(HubNetwork):
     def table(self) -> Path:
         """The access table's file."""
         return self.root / "access.yaml"
+
+    @property
+    def denied(self) -> Path:
+        """Certificates that kme-a refuses."""
+        return self.root / "denied.txt"
 
     def put_rules(self, *rules: dict[str, Any]) -> None:
         """Replace the table as an editor does."""
@@ -55,6 +62,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     config = yaml.safe_load(site.path("kme-a").read_text())
     del config["access"]
     config |= {"access_file": str(site.table), "gateways": ["gw-a"]}
+    site.denied.touch()
+    config["tls"]["deny_list"] = str(site.denied)
     site.path("kme-a").write_text(yaml.safe_dump(config))
     for kme in ("kme-a", "kme-b"):
         await site.supply("hub-1", kme)
@@ -132,6 +141,27 @@ async def test_a_changed_access_table_is_followed_and_a_broken_one_is_not(site: 
         site.put_rules({"saes": ["sae-a"], "peers": ["sae-b"], "max_key_size_bytes": 16})
         await until_refused(client, ErrorReason.LIMIT_EXCEEDED)
         assert not alarms.is_open("config/access")
+    finally:
+        await client.close()
+
+
+async def test_a_denied_gateway_gets_nothing_more_over_the_stream_that_it_has(site: Site) -> None:
+    client = site.client("gw-a")
+    try:
+        await until_had(client)
+        certificate = x509.load_pem_x509_certificate((site.root / "pki" / "gw-a.pem").read_bytes())
+        site.denied.write_text(f"{certificate.fingerprint(hashes.SHA256()).hex()}\n")
+        await until_refused(client, ErrorReason.CERTIFICATE)
+    finally:
+        await client.close()
+
+
+async def test_a_stopping_node_begins_nothing_more_on_the_streams_that_it_has(site: Site) -> None:
+    client = site.client("gw-a")
+    try:
+        await until_had(client)
+        site.node("kme-a").is_stopping = True
+        await until_refused(client, ErrorReason.SHUTTING_DOWN)
     finally:
         await client.close()
 
