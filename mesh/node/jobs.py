@@ -270,15 +270,14 @@ class Jobs:
                 taken = self._take(peer, count)
                 if taken is not None:
                     return taken
-                batch = self._batch.get(peer, SEALED_SLOTS // 2)
-                self._batch[peer] = min(2 * batch, _MAX_SEALED_SLOTS)
                 left_s = max(0.1, deadline - self._around.monotonic_s())
                 await self._establish_sealed(peer, count, left_s)
+                self._enlarge(peer)
 
     async def _top_up(self, peer: str, count: int) -> None:
         now_s = self._around.monotonic_s()
         if now_s - self._topped_up_s.get(peer, -_LASTING_S) < _LASTING_S:
-            self._batch[peer] = min(2 * self._batch.get(peer, SEALED_SLOTS), _MAX_SEALED_SLOTS)
+            self._enlarge(peer)
         self._topped_up_s[peer] = now_s
         try:
             await self._establish_sealed(peer, 2 * count, _TOP_UP_TIMEOUT_S)
@@ -291,7 +290,15 @@ class Jobs:
     async def _establish_sealed(self, peer: str, count: int, timeout_s: float) -> None:
         slots = max(count, self._batch.get(peer, SEALED_SLOTS))
         order = Order(peer, slots, SlotKind.SEALED, persists=True)
-        await self._establisher.establish(order, timeout_s=timeout_s)
+        try:
+            await self._establisher.establish(order, timeout_s=timeout_s)
+        except MeshError:
+            # On a scarce route less may still pass: next time only what is needed.
+            self._batch[peer] = count
+            raise
+
+    def _enlarge(self, peer: str) -> None:
+        self._batch[peer] = min(2 * self._batch.get(peer, SEALED_SLOTS), _MAX_SEALED_SLOTS)
 
     def _start(self, row: JobRow) -> _Job:
         request = DepositRequest.FromString(row.payload[KEY_PART_BYTES:])
