@@ -86,6 +86,8 @@ class Inbound(StrEnum):
     """The targets must void it."""
     RECALLING = "recalling"
     """A target's side does not have it any more; the peer is asked to void it."""
+    DISPUTED = "disputed"
+    """The peer did not take our ``relayed``, or its yes was lost; its answer to a void decides."""
     VOIDED = "voided"
     """No target has it: a tombstone. The peer is told, unless the void was its own."""
 
@@ -277,7 +279,9 @@ INBOUND: Machine[Inbound, InboundEvent] = Machine(
         ((_I.HELD,), (_F.PEER_VOID,), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
         ((_I.RELAYED,), (_F.REPEATED,), None, (_A.ACK_RELAYED,)),
         ((_I.RELAYED,), (*_CARRY, *_PEER_ANSWERS), None, ()),
-        ((_I.RELAYED,), (_F.PEER_VOID, _F.ACK_LOST), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
+        ((_I.RELAYED,), (_F.PEER_VOID,), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
+        # Its master may have the key: an ack that was heard and answered by nothing is lost, too.
+        ((_I.RELAYED,), (_F.ACK_LOST,), _I.DISPUTED, ()),
         ((_I.RELAYED,), (_F.RECALL,), _I.RECALLING, (_A.WIPE,)),
         ((_I.FAILING,), (_F.TARGETS_VOIDED,), _I.FAILED, (_A.ACK_FAILED,)),
         ((_I.FAILING,), (_F.TARGETS_KEPT,), _I.FAILED, (_A.ACK_FAILED, _A.ALARM)),
@@ -298,6 +302,11 @@ INBOUND: Machine[Inbound, InboundEvent] = Machine(
         ((_I.RECALLING,), (_F.PEER_KEPT,), _I.RELAYED, (_A.REPORT_KEPT,)),
         ((_I.RECALLING,), (_F.EXHAUSTED,), _I.RELAYED, (_A.REPORT_KEPT, _A.ALARM)),
         ((_I.RECALLING,), (*_CARRY, _F.RECALL, _F.ACK_LOST), None, ()),
+        ((_I.DISPUTED,), (_F.PEER_VOIDED, _F.PEER_VOID), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
+        ((_I.DISPUTED,), (_F.PEER_KEPT,), _I.RELAYED, ()),
+        ((_I.DISPUTED,), (_F.EXHAUSTED,), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
+        ((_I.DISPUTED,), (_F.RECALL,), _I.RECALLING, (_A.WIPE,)),
+        ((_I.DISPUTED,), (*_CARRY, _F.ACK_LOST), None, ()),
         ((_I.VOIDED,), (_F.PEER_VOID,), None, (_A.ANSWER_VOIDED,)),
         ((_I.VOIDED,), (_F.RECALL,), None, (_A.REPORT_VOIDED,)),
         (
@@ -313,5 +322,5 @@ INBOUND: Machine[Inbound, InboundEvent] = Machine(
 SETTLED_OUTBOUND = frozenset({_O.RELAYED, _O.VOIDED, _O.DROPPED, _O.UNRESOLVED})
 SETTLED_INBOUND = frozenset({_I.RELAYED, _I.FAILED, _I.VOIDED})
 #: Some association exists for the key: 400 and 401 would say that there is none (020 on ext_keys).
-HOLDING_INBOUND = frozenset({_I.HELD, _I.RELAYED, _I.FAILING, _I.VOIDING, _I.RECALLING})
+HOLDING_INBOUND = frozenset(Inbound) - {_I.FAILED, _I.VOIDED}
 HOLDING_OUTBOUND = frozenset(Outbound) - {_O.VOIDED, _O.DROPPED, _O.UNRESOLVED}

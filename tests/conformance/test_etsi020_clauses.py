@@ -737,6 +737,7 @@ def test_operation_rule_5_an_ack_is_tried_again_or_the_key_voided_the_other_way(
     unknown = fresh(1)  # not noted here: our ack will be answered 400
     assert post(world, m.KEYS, m.keys_document(names, unknown, world.near.callback)).status == 202
     world.run(until(lambda: world.near.heard(m.VOID, next(iter(unknown)))))
+    world.run(world.settled(world.near, next(iter(unknown))))
     assert world.run(world.dec("own-b", names.initiator, *unknown))[1] == {}
 
 

@@ -369,10 +369,27 @@ def test_an_ack_for_a_key_that_the_peer_does_not_know_ends_in_a_void(world: Worl
         await until(
             lambda: any(unknown in one["key_ids"] for one in world.near.heard(m.VOID, names.initiator))
         )
+        await world.settled(world.near, names.initiator)
         assert (await world.dec("own-b", names.initiator, unknown))[1] == {}
         await world.check_inbound(world.near, names)
 
     world.run(play())
+
+
+def test_a_key_that_the_peers_application_has_is_not_lost_with_the_answer_to_our_ack(world: World) -> None:
+    """The first ack is heard and its answer lost; of the second the peer says that it knows no such key."""
+    names = Names.of("near-spent", "own-b")
+    replies = [Reply(is_reset=True), *[Reply(400, is_heeded=False)] * 4]
+    world.near.plans[names.initiator] = Plan(acks=iter(replies))
+    values = hand_over(world, names)
+    world.run(world.lent(world.near, values, RELAYED))
+    given, other = values
+    assert world.near.give(given, names.initiator) == values[given]
+    world.run(until(lambda: len(world.near.heard(m.VOID, names.initiator)) >= 2))
+    world.run(world.lent(world.near, [other], VOIDED))
+    world.run(world.settled(world.near, names.initiator))
+    assert world.run(world.dec("own-b", names.initiator, given)) == (200, {given: values[given]})
+    assert world.run(world.dec("own-b", names.initiator, other))[1] == {}
 
 
 # voids of a peer

@@ -84,6 +84,14 @@ def test_an_inbound_tombstone_never_holds_a_key_again(events: list[InboundEvent]
         assert state is not Inbound.HELD or not is_gone
 
 
+def test_a_lost_ack_voids_nothing_here_before_the_peer_has() -> None:
+    assert INBOUND.move(Inbound.RELAYED, InboundEvent.ACK_LOST) == (Inbound.DISPUTED, ())
+    assert INBOUND.move(Inbound.DISPUTED, InboundEvent.PEER_KEPT) == (Inbound.RELAYED, ())
+    for answer in (InboundEvent.PEER_VOIDED, InboundEvent.PEER_VOID, InboundEvent.EXHAUSTED):
+        state, actions = INBOUND.move(Inbound.DISPUTED, answer)
+        assert (state, Action.VOID_TARGETS in actions) == (Inbound.VOIDING, True)
+
+
 def test_nothing_may_be_said_to_be_unheld_while_a_peer_may_hold_it() -> None:
     gone_inbound, gone_outbound = SETTLED_INBOUND - HOLDING_INBOUND, SETTLED_OUTBOUND - HOLDING_OUTBOUND
     assert gone_inbound == {Inbound.FAILED, Inbound.VOIDED}

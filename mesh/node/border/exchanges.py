@@ -286,7 +286,7 @@ def _check_repeated(
     Raises:
         Refused: HELD or VOIDED.
     """
-    if row.state in (Inbound.VOIDED, Inbound.VOIDING, Inbound.RECALLING):
+    if row.state in (Inbound.VOIDED, Inbound.VOIDING, Inbound.RECALLING, Inbound.DISPUTED):
         raise Refused(
             Problem.VOIDED, "a key_id was voided: use fresh keys", is_held=is_held, field="keys.key_id"
         )

@@ -499,4 +499,6 @@ def needs_void(key: BorderKeyRow) -> bool:
     """Whether the peer has still to be asked to void this key."""
     if key.is_outbound:
         return key.state == Outbound.VOIDING
-    return key.state == Inbound.RECALLING or (key.state == Inbound.VOIDED and not key.is_peer_void)
+    if key.state == Inbound.VOIDED:
+        return not key.is_peer_void
+    return key.state in (Inbound.RECALLING, Inbound.DISPUTED)
