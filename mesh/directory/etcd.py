@@ -118,6 +118,7 @@ class EtcdClient:
         password: of that user.
         timeout_s: for one attempt at one endpoint; a call takes at most that times the endpoints + 2.
         heartbeat_s: a silent watch asks for a sign of life after this, and is given up after two.
+        renew: asked after each failure for the certificates as they are now; None keeps what there is.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class EtcdClient:
         password: str | None = None,
         timeout_s: float = 2.0,
         heartbeat_s: float = 2.0,
+        renew: Callable[[], EtcdTls | None] = lambda: None,
     ) -> None:
         if not endpoints:
             raise ConfigError("etcd.endpoints: must name at least one endpoint")
@@ -137,6 +139,9 @@ class EtcdClient:
         addresses = [_address(endpoint) for endpoint in endpoints]
         credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.cert)
         self._endpoints = [Endpoint(address, credentials) for address in addresses]
+        self._tls = tls
+        self._renew = renew
+        self._closing: set[asyncio.Task[None]] = set()
         self._current = 0
         self._username = username
         self._password = password or ""
@@ -156,6 +161,7 @@ class EtcdClient:
         """Closes every connection; calls under way fail."""
         for endpoint in self._endpoints:
             await endpoint.channel.close()
+        await asyncio.gather(*self._closing)
 
     @property
     def endpoint(self) -> str:
@@ -370,6 +376,20 @@ class EtcdClient:
         """Turns to the next endpoint, unless somebody else already did."""
         if self._endpoints[self._current] is failed:
             self._current = (self._current + 1) % len(self._endpoints)
+        tls = self._renew()
+        if tls is not None and tls != self._tls:
+            self._connect_anew(tls)
+
+    def _connect_anew(self, tls: EtcdTls) -> None:
+        """A connection that stands is not asked for a certificate again; one that broke needs the new one."""
+        self._tls = tls
+        credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.cert)
+        old = self._endpoints
+        self._endpoints = [Endpoint(endpoint.address, credentials) for endpoint in old]
+        for endpoint in old:
+            task = asyncio.get_running_loop().create_task(endpoint.channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     def _translated(self, error: grpc.aio.AioRpcError) -> MeshError:
         details = (error.details() or "")[:200]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -81,6 +83,8 @@ PROTOCOL_VERSION = 1
 _SAMPLE_EVERY_S = 2.0
 _T = TypeVar("_T")
 
+_LOG = logging.getLogger("keymesh.node")
+
 
 def load_access(config: NodeConfig) -> AccessTable:
     """The access table that the configuration names; without one nobody may ask for anything.
@@ -111,16 +115,27 @@ def build_source(link: LinkSection) -> Etsi014Device | None:
     device = link.device
     if device is None:
         return None
+    files = (device.ca, device.cert, device.key)
+    watch = FileWatch([Path(file) for file in files])
     try:
-        tls = client_context(device.ca, device.cert, device.key)
+        tls = client_context(*files)
     except MeshError as error:
         raise ConfigError(f"links[{link.peer}].device: {error.message}", facts=error.facts) from error
+
+    def renew() -> ssl.SSLContext | None:
+        try:
+            return client_context(*files) if watch.changed() else None
+        except MeshError as error:
+            _LOG.error("certificate not renewed, the last one stays in force", extra={"cause": str(error)})
+            return None
+
     return Etsi014Device(
         device.url,
         peer_sae_id=device.sae_id,
         tls=tls,
         key_size_bits=device.key_size_bits,
         timeout_s=device.timeout_s,
+        renew=renew,
     )
 
 
@@ -145,10 +160,21 @@ def build_directory(config: NodeConfig, keeper: DocumentKeeper) -> Directory:
                 f"directory.etcd.{field}: cannot be read: {error.strerror}", facts={"file": path}
             ) from error
 
+    def tls() -> EtcdTls:
+        return EtcdTls(read(etcd.ca, "ca") or b"", read(etcd.cert, "cert"), read(etcd.key, "key"))
+
+    def renew() -> EtcdTls | None:
+        try:
+            return tls()
+        except ConfigError as error:
+            _LOG.error("certificate not renewed, the last one stays in force", extra={"cause": str(error)})
+            return None
+
     password = read(etcd.password_file, "password_file")
     client = EtcdClient(
         etcd.endpoints,
-        tls=EtcdTls(read(etcd.ca, "ca") or b"", read(etcd.cert, "cert"), read(etcd.key, "key")),
+        tls=tls(),
+        renew=renew,
         username=etcd.username,
         password=None if password is None else password.decode().strip(),
     )

@@ -90,6 +90,7 @@ class Etsi014Device:
         min_take_bytes: a take below this returns nothing: let key gather first.
         timeout_s: deadline of one HTTP call.
         now_s: monotonic clock, for the back-off.
+        renew: asked before each call for a context of certificates that changed; None keeps what there is.
     """
 
     def __init__(
@@ -102,7 +103,9 @@ class Etsi014Device:
         min_take_bytes: int = 1024,
         timeout_s: float = 5.0,
         now_s: Callable[[], float] = time.monotonic,
+        renew: Callable[[], ssl.SSLContext | None] = lambda: None,
     ) -> None:
+        self._renew = renew
         self._base = f"{url.rstrip('/')}/api/v1/keys/{quote(peer_sae_id, safe='')}"
         self._tls = tls
         self._key_size_bytes = key_size_bits // 8
@@ -231,6 +234,12 @@ class Etsi014Device:
         return answer
 
     async def _exchange(self, verb: str, method: str, body: object) -> tuple[int, bytes]:
+        context = self._renew()
+        if context is not None:
+            self._tls = context
+            if self._session is not None:
+                await self._session.close()
+                self._session = None
         if self._session is None:
             connector = aiohttp.TCPConnector(ssl=self._tls, limit=2, keepalive_timeout=60)
             self._session = aiohttp.ClientSession(

@@ -157,6 +157,26 @@ async def test_a_device_tells_of_itself_and_what_it_told_gets_old(
     assert [a.report] == [None]
 
 
+async def test_a_certificate_that_was_replaced_is_taken_up_without_a_restart(pair: Pair) -> None:
+    files = [str(pair.folder / name) for name in pair.client_files(0)]
+    stranger = [files[0], *(str(pair.folder / f"stranger.{kind}") for kind in ("pem", "key"))]
+    replaced: list[ssl.SSLContext] = []
+    clock = [0.0]
+    source = Etsi014Device(
+        pair.urls[0],
+        peer_sae_id="node-b",
+        tls=client_context(*stranger),
+        now_s=lambda: clock[0],
+        renew=lambda: replaced.pop() if replaced else None,
+    )
+    with pytest.raises(UnavailableError, match="refuses our certificate"):
+        await source.level_bytes()
+    clock[0] += 60
+    replaced.append(client_context(*files))
+    assert await source.level_bytes() == INITIAL_BYTES
+    await source.close()
+
+
 async def test_several_calls_fill_a_take_larger_than_one_request(
     ends: tuple[Etsi014Device, Etsi014Device],
 ) -> None:

@@ -14,7 +14,7 @@ from mesh.directory.etcd_directory import EtcdDirectory, document_key, domain_pr
 from mesh.directory.port import NodeRecord
 from mesh.directory.tool import publish_file, set_up_users
 from mesh.errors import ConfigError, MeshError
-from mesh.pki.authority import CredentialFiles
+from mesh.pki.authority import CredentialFiles, Pki
 from tests.etcd_fixture import DOMAIN, EtcdCluster, eventually, running_etcd
 
 pytestmark = pytest.mark.slow
@@ -26,10 +26,13 @@ def saved(etcd: EtcdCluster, name: str) -> CredentialFiles:
     return etcd.pki.etcd_client(name).save(etcd.root, f"client-{name}")
 
 
-def as_client(etcd: EtcdCluster, name: str) -> EtcdClient:
+def tls_of(etcd: EtcdCluster, name: str) -> EtcdTls:
     files = saved(etcd, name)
-    tls = EtcdTls(etcd.pki.roots["etcd"].pem, files.cert.read_bytes(), files.key.read_bytes())
-    return EtcdClient(etcd.endpoints, tls=tls, timeout_s=2.0, heartbeat_s=0.5)
+    return EtcdTls(etcd.pki.roots["etcd"].pem, files.cert.read_bytes(), files.key.read_bytes())
+
+
+def as_client(etcd: EtcdCluster, name: str) -> EtcdClient:
+    return EtcdClient(etcd.endpoints, tls=tls_of(etcd, name), timeout_s=2.0, heartbeat_s=0.5)
 
 
 async def set_up(etcd: EtcdCluster, *members: str) -> None:
@@ -60,6 +63,18 @@ async def test_members_need_their_certificate_only_and_write_their_own_entries_o
         await directory.publish_node(NodeRecord("kme-a", "127.0.0.1:7001"))
         await eventually(lambda: directory.document is not None and "kme-a" in directory.peers())
         await directory.stop()
+
+        right = tls_of(etcd, "kme-a")
+        stranger = Pki.create("elsewhere").etcd_client("kme-a").save(tmp_path, "elsewhere")
+        wrong = EtcdTls(right.ca, stranger.cert.read_bytes(), stranger.key.read_bytes())
+        replaced: list[EtcdTls] = []  # a certificate that is refused, until its file is replaced
+        async with EtcdClient(
+            etcd.endpoints, tls=wrong, timeout_s=1.0, renew=lambda: replaced[0] if replaced else None
+        ) as client:
+            with pytest.raises(MeshError):
+                await client.put(domain_prefix(DOMAIN) + b"nodes/kme-a", b"new")
+            replaced.append(right)
+            await client.put(domain_prefix(DOMAIN) + b"nodes/kme-a", b"new")
 
         for name in ("kme-b", "stranger"):
             async with as_client(etcd, name) as client:
