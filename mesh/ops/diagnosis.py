@@ -236,8 +236,8 @@ def _shape(leaf: x509.Certificate) -> list[Finding]:
     missing = [
         name
         for name, kind in (
+            # No subjectKeyIdentifier: leaves do without, cert-manager's for example.
             ("authorityKeyIdentifier", x509.AuthorityKeyIdentifier),
-            ("subjectKeyIdentifier", x509.SubjectKeyIdentifier),
             ("keyUsage", x509.KeyUsage),
         )
         if not _has(leaf, kind)
