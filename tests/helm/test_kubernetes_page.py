@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mesh.cli import build_parser
-from tests.helm.chart import CHART, ROOT, helm
+from tests.helm.chart import CHART, ROOT, helm, of_kind, pod_specs
 
 _PAGE = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 _BLOCKS = re.findall(r"^```([^\n]+)\n(.*?)^```$", _PAGE, re.MULTILINE | re.DOTALL)
@@ -49,7 +50,15 @@ def test_commands_that_need_no_cluster_run(tmp_path: Path) -> None:
     rendered = (tmp_path / "with-kme-c.yaml").read_text(encoding="utf-8")
     assert re.search(r"- --member\n +- kme-c\n", rendered)
     assert "path: /run/keymesh" in (tmp_path / "with-proof.yaml").read_text(encoding="utf-8")
-    assert "kind: Certificate" not in (tmp_path / "without.yaml").read_text(encoding="utf-8")
+    without = [
+        one for one in yaml.safe_load_all((tmp_path / "without.yaml").read_text(encoding="utf-8")) if one
+    ]
+    assert of_kind(without, "Certificate") == []
+    volumes = [volume for _, _, spec in pod_specs(without) for volume in spec["volumes"]]
+    made = yaml.safe_load_all((tmp_path / "secrets.yaml").read_text(encoding="utf-8"))
+    used = {volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
+    assert used
+    assert used <= {one["metadata"]["name"] for one in made}
     assert "kind: Job" in (tmp_path / "import.yaml").read_text(encoding="utf-8")
 
 
