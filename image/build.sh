@@ -11,7 +11,6 @@ image=${IMAGE:-keymesh}
 python=${PYTHON:-.venv/bin/python}
 pip=("$python" -m pip --disable-pip-version-check --quiet)
 platform=(${PLATFORM:+--platform "$PLATFORM"})
-export DOCKER_BUILDKIT=${DOCKER_BUILDKIT:-0}
 
 base=${BASE_IMAGE:-}
 if [ -z "$base" ] && command -v debootstrap >/dev/null && [ "$(id -u)" = 0 ]; then
@@ -25,13 +24,13 @@ revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 315532800)}
 export SOURCE_DATE_EPOCH
 
-read -r tag machine < <(docker run --rm --network none "${platform[@]}" --entrypoint python3 "$base" -c \
-  'import platform, sys; print("%d%d" % sys.version_info[:2], platform.machine())')
-tags=()
-for glibc in 2_36 2_35 2_34 2_31 2_28 2_27 2_26 2_24 2_17 2_12 2_5; do
-  tags+=(--platform "manylinux_${glibc}_$machine")
+# Which wheels fit: those for this Python, this machine, and no newer a C library than the base image's.
+read -r tag machine glibc < <(docker run --rm --network none "${platform[@]}" --entrypoint python3 "$base" -c \
+  'import platform, sys; print("%d%d" % sys.version_info[:2], platform.machine(), platform.libc_ver()[1][2:])')
+tags=(--platform "manylinux2014_$machine")
+for minor in $(seq "$glibc" -1 5); do
+  tags+=(--platform "manylinux_2_${minor}_$machine")
 done
-tags+=(--platform "manylinux2014_$machine")
 
 wheels=build/image/wheels
 rm -rf build/image build/lib build/bdist.*

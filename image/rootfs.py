@@ -196,7 +196,7 @@ def bill_of_materials(site: Path, wheels: Path, packages: dict[str, dict[str, st
             {"type": "library", "bom-ref": reference, "name": name, "version": fields["version"],
              "purl": reference}
         )  # fmt: skip
-    if not packages:
+    if not any(name.startswith("python3") for name in packages):
         reference = f"pkg:generic/python@{platform.python_version()}"
         components.append(
             {"type": "library", "bom-ref": reference, "name": "python",

@@ -227,8 +227,8 @@ def wait_refilled(mesh: ContainerMesh, master: str, slave: str, count: int) -> N
 
 def assert_all_delivered(traffic: Traffic) -> None:
     for pair, tally in traffic.tallies.items():
-        assert tally.failed == [], (pair, tally)
-        assert tally.delivered == tally.acknowledged > 0, (pair, tally)
+        assert not tally.failed, f"{pair}: {tally.failed}"
+        assert tally.delivered == tally.acknowledged > 0, f"{pair}: {tally}"
 
 
 def missing_directory(mesh: ContainerMesh) -> str:
