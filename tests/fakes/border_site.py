@@ -170,8 +170,12 @@ class BorderSite:
         """Starts both and waits until keys can be delivered."""
         for kind in ("node", "gateway"):
             self.launch(kind)
-        for kind in ("node", "gateway"):
-            self.wait_ready(kind)
+        try:
+            for kind in ("node", "gateway"):
+                self.wait_ready(kind)
+        except BaseException:
+            self.stop()
+            raise
 
     def launch(self, kind: str) -> None:
         """Starts ``node`` or ``gateway``."""
