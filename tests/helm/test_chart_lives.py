@@ -183,6 +183,12 @@ def _until(what: str, is_true: Any) -> None:
         time.sleep(0.3)
 
 
+def _succeeds(words: list[str]) -> bool:
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    print(done.stdout, done.stderr)
+    return done.returncode == 0
+
+
 @pytest.fixture(scope="module")
 def site(
     tmp_path_factory: pytest.TempPathFactory,
@@ -218,11 +224,10 @@ def test_the_release_serves_keys_and_stops_in_time(
     (etcd,) = (pod for pod in running if pod.endswith("-etcd"))
     _until("etcd answers", lambda: release.answer(etcd, "/health") == 200)
     spec = release.pods[job][1]
+    assert spec["restartPolicy"] == "OnFailure"
     for container in [*spec["initContainers"], *spec["containers"]]:
-        done = subprocess.run(
-            release.command(job, container), capture_output=True, text=True, check=False, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
+        words = release.command(job, container)
+        _until(f"{job} {container['name']}", lambda words=words: _succeeds(words))
 
     served = {pod for pod in running if any(f"-{kind}-" in pod for kind in ("node", "gateway"))}
     assert len(served) == 5
