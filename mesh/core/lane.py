@@ -363,14 +363,17 @@ class ReaderLane(_Lane):
         width = 2 * self.limits.window_bytes + 2 * self.limits.stride_bytes
         return stretch(self.holes, self.position, width)
 
-    @property
-    def may_be_emptied(self) -> bool:
+    def may_be_emptied(self, unaccepted_bytes: int = 0) -> bool:
         """Whether the writer may have too little left for a hello, as far as we can know.
 
         The writer can be ahead of us by what it sent and by what a restart forfeits. Only
         then are block messages in clear believed (2.3).
+
+        Args:
+            unaccepted_bytes: of blocks that we can read and the writer has not accepted: it lacks them.
         """
-        return self.usable_bytes < NEW_BELOW_BYTES + 2 * (self.limits.window_bytes + self.limits.stride_bytes)
+        known = self.usable_bytes - unaccepted_bytes
+        return known < NEW_BELOW_BYTES + 2 * (self.limits.window_bytes + self.limits.stride_bytes)
 
     @property
     def reportable(self) -> int:

@@ -131,6 +131,11 @@ class Ingest:
             qber=report.qber,
         )
 
+    @property
+    def unaccepted_bytes(self) -> int:
+        """Inbound lane bytes of offers without an answer: the writer may not have them."""
+        return 0
+
     def wake(self) -> None:
         """Something changed that ingest waits for."""
         self._wake.set()
@@ -327,6 +332,12 @@ class BlockLeader(Ingest):
     def discarded_block_ids(self) -> list[bytes]:
         """What this leader has discarded lately."""
         return list(self._discarded)
+
+    @property
+    def unaccepted_bytes(self) -> int:
+        """Counted over the open offers."""
+        lane_id = self.link.lanes.rx.lane_id
+        return sum(row.stop - row.start for row in self._open.values() if row.lane_id == lane_id)
 
     def decided(self) -> Decided:
         """The lowest offset of an open offer per lane, else the lane's end."""
@@ -602,11 +613,21 @@ class BlockFollower(Ingest):
         self._to_discard: deque[bytes] = deque(maxlen=KEPT_BLOCKS)
 
     def on_offer(self, offer: bytes, stream: LinkStream, decided: Decided | None) -> None:
-        """Queue the offer for the worker; in clear only at first contact (2.3)."""
-        if decided is None and not self.link.is_first_contact:
+        """Queue the offer for the worker; in clear only at first contact (2.3).
+
+        A block that is here already costs nothing but its stored answer, which the leader may lack.
+        """
+        if decided is None and not self.link.is_first_contact and not self._is_known(offer):
             return
         self._offers.append((offer, stream, decided))
         self.wake()
+
+    def _is_known(self, offer: bytes) -> bool:
+        try:
+            block_id = parse_offer(offer)[0].block_id
+        except PeerError:
+            return False
+        return any(block_id in end.blocks for end in self._ends())
 
     def on_discarded(self, block_ids: Iterable[bytes]) -> None:
         """Discard here what the leader has discarded, if it was accepted."""

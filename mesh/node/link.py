@@ -594,7 +594,9 @@ class Link:
     def is_first_contact(self) -> bool:
         """Whether block messages in clear count: no stream is open, and a lane may be emptied (2.3)."""
         lanes = self.lanes
-        return not self.is_open and (lanes.tx.lane.is_new or lanes.rx.lane.may_be_emptied)
+        return not self.is_open and (
+            lanes.tx.lane.is_new or lanes.rx.lane.may_be_emptied(self.ingest.unaccepted_bytes)
+        )
 
     @property
     def their_epochs(self) -> tuple[int, int] | None:

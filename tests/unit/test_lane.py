@@ -234,5 +234,6 @@ def test_marks_run_ahead_of_half_a_stride() -> None:
 
 def test_clear_offers_count_only_where_the_writer_may_be_emptied() -> None:
     bound = 64 + 2 * (LIMITS.window_bytes + LIMITS.stride_bytes)
-    assert reader(1_000 + bound - 1, mark=1_000).may_be_emptied
-    assert not reader(1_000 + bound, mark=1_000).may_be_emptied
+    assert reader(1_000 + bound - 1, mark=1_000).may_be_emptied()
+    assert not reader(1_000 + bound, mark=1_000).may_be_emptied()
+    assert reader(1_000 + bound, mark=1_000).may_be_emptied(1)
