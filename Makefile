@@ -123,7 +123,7 @@ helm-test: $(VENV)/.dev ## Lint, render, validate and question the Helm chart; n
 
 .PHONY: image
 image: $(VENV)/.base ## Build the container image (IMAGE=keymesh BASE_IMAGE= PLATFORM=)
-	@PYTHON=$(BIN)/python image/build.sh
+	@PYTHON=$(BIN)/python helm/image/build.sh
 
 .PHONY: test-containers
 test-containers: $(VENV)/.containers ## Try the image: a mesh in containers, networks cut, processes killed

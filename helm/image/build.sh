@@ -6,7 +6,7 @@
 #               that is installed, else the Dockerfile's
 #   PLATFORM    linux/amd64 or linux/arm64; default: the engine's own
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 image=${IMAGE:-keymesh}
 python=${PYTHON:-.venv/bin/python}
 pip=("$python" -m pip --disable-pip-version-check --quiet)
@@ -15,7 +15,7 @@ platform=(${PLATFORM:+--platform "$PLATFORM"})
 base=${BASE_IMAGE:-}
 if [ -z "$base" ] && command -v debootstrap >/dev/null && [ "$(id -u)" = 0 ]; then
   base=keymesh-base:${SUITE:-bookworm}
-  docker image inspect "$base" >/dev/null 2>&1 || image/base.sh "$base"
+  docker image inspect "$base" >/dev/null 2>&1 || helm/image/base.sh "$base"
 fi
 base=${base:-$(sed -n 's/^ARG BASE_IMAGE=//p' Dockerfile)}
 
