@@ -10,10 +10,10 @@ ARG SOURCE_DATE_EPOCH=0
 ENV SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH} PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 \
     PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels PIP_REQUIRE_HASHES=1 PIP_ROOT_USER_ACTION=ignore
 COPY build/image/wheels /wheels
-COPY requirements/run.txt build/image/keymesh.txt helm/image/rootfs.py /build/
+COPY requirements/otel.txt build/image/keymesh.txt helm/image/rootfs.py /build/
 RUN python3 -m venv --without-pip /opt/keymesh && \
     /opt/keymesh/bin/python "$(echo /wheels/pip-*.whl)/pip" install --quiet --no-compile --no-cache-dir --no-deps \
-        -r /build/run.txt -r /build/keymesh.txt && \
+        -r /build/otel.txt -r /build/keymesh.txt && \
     python3 /build/rootfs.py /opt/keymesh /wheels /rootfs
 
 FROM scratch

@@ -35,7 +35,7 @@ done
 wheels=build/image/wheels
 rm -rf build/image build/lib build/bdist.*
 mkdir -p "$wheels"
-for lock in requirements/image.txt requirements/run.txt; do
+for lock in requirements/image.txt requirements/otel.txt; do
   "${pip[@]}" download --require-hashes --no-deps --only-binary=:all: --dest "$wheels" -r "$lock" \
     --implementation cp --python-version "$tag" --abi "cp$tag" --abi abi3 --abi none "${tags[@]}"
 done

@@ -101,7 +101,7 @@ def test_its_bill_of_materials_is_true(engine: docker.DockerClient, image: str) 
     assert bill["metadata"]["component"]["name"] == "keymesh"
     listed = {entry["purl"]: entry for entry in bill["components"]}
     # Byte for byte what the lock allows.
-    lock = (ROOT / "requirements" / "run.txt").read_text()
+    lock = (ROOT / "requirements" / "otel.txt").read_text()
     wheels = {purl: entry for purl, entry in listed.items() if purl.startswith("pkg:pypi/")}
     assert len(wheels) == sum(1 for line in lock.splitlines() if line[:1].isalnum())
     for purl, entry in wheels.items():
@@ -109,3 +109,7 @@ def test_its_bill_of_materials_is_true(engine: docker.DockerClient, image: str) 
         assert f"sha256:{entry['hashes'][0]['content']}" in lock
     assert any("/libc6@" in purl or "/python@" in purl for purl in listed)
     assert json.loads((ROOT / "build" / "image" / "sbom.cdx.json").read_text()) == bill
+
+
+def test_traces_need_nothing_that_the_image_lacks(engine: docker.DockerClient, image: str) -> None:
+    run(engine, image, "-c", "import mesh.ops.otel", entrypoint="/opt/keymesh/bin/python")
