@@ -357,8 +357,16 @@ class OutboundBook:
         return change
 
     def wipe_sealed(self, span: Range) -> None:
-        """After the commit: overwrites used sealed slots in memory and file."""
+        """After the commit: overwrites used sealed slots in memory and file.
+
+        A retire may have dropped their append while the commit was on its way: it is overwritten already,
+        and nothing of another append must be, for zeros are no pad.
+        """
+        if not self._segments[SlotKind.SEALED]:
+            return
         segment = self._segment_at(span.start, SlotKind.SEALED)
+        if not segment.first <= span.start < segment.stop:
+            return
         for offset, length in self._sealed_extents(segment, span):
             if segment.payload is not None:
                 segment.payload = (

@@ -46,3 +46,25 @@ async def test_the_draw_mark_is_moved_with_the_assign_mark_and_neither_falls(boo
     stored = book._store.read(lambda tables: tables.reserves.get(book.reserve_id))
     assert stored.draw_mark == book.slots.draw_mark == 3000 + DRAW_STRIDE_SLOTS
     assert stored.draw_mark <= stored.assign_mark == book.slots.assign_mark
+
+
+async def test_a_retire_during_the_commit_of_a_sealed_message_leaves_later_slots_alone(
+    book: OutboundBook,
+) -> None:
+    """The append of the message's slots is gone when its commit ends: nothing of another may be wiped."""
+    later = bytes(range(1, 49)) * 4
+    for payload in (bytes(48 * 4), later):
+        first = await book.assign(4, SlotKind.SEALED, draws=False)
+        book.hold(first, 4, SlotKind.SEALED, payload, persists=False)
+        assert book.confirm(first, 0)
+    span = book.slots.take_sealed(2)
+    assert span is not None
+    assert span.start == 0
+    book.using_sealed(span)
+    book.forget_sealed_below(4)
+    book.wipe_sealed(span)
+    kept = book.slots.take_sealed(4)
+    assert kept is not None
+    assert b"".join(book.sealed_parts(kept)) == later
+    book.forget_sealed_below(8)
+    book.wipe_sealed(span)
