@@ -140,6 +140,11 @@ class _Lane:
         """Too little left for a hello and a report: only first contact passes (2.3)."""
         return self.usable_bytes < NEW_BELOW_BYTES
 
+    @property
+    def wipeable(self) -> int:
+        """Everything below may be wiped: neither end will need it again, whichever restarts."""
+        return min(self.position, self.mark)
+
     def add_material(self, new: Range) -> None:
         """A block became usable at this end (2.1)."""
         self.material.add(new)
@@ -312,10 +317,12 @@ class ReaderLane(_Lane):
 
     Attributes:
         told: the position last reported to the writer.
+        seen: end of the furthest frame that verified in this life of the process, hellos included.
         report_bytes: unreported bytes after which a report goes alone; W/8 of the narrower W.
     """
 
     told: int = 0
+    seen: int = 0
     report_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -352,10 +359,20 @@ class ReaderLane(_Lane):
     def accept(self, stop: int) -> None:
         """A verified frame ended at ``stop``: nothing below it is accepted any more."""
         self.position = max(self.position, stop)
+        self.seen = max(self.seen, stop)
+
+    @property
+    def wipeable(self) -> int:
+        """As at the writer, but not past what was seen of it.
+
+        A restart puts our position on our mark, beyond where the writer may be. Until it has
+        followed, any number of restarts resume it there, and its hello needs those bytes (1.2).
+        """
+        return min(self.position, self.mark, self.seen)
 
     def wiped(self, below: int) -> None:
         """The bytes below are gone."""
-        self.material.discard_below(min(below, self.position))
+        self.material.discard_below(min(below, self.wipeable))
 
     @property
     def hello_limit(self) -> int:

@@ -247,16 +247,16 @@ class LinkLanes:
 
     def _after_use(self, end: AnyEnd) -> None:
         self.mark_ahead(end)
-        if end.lane.position - end.material.wiped_to >= WIPE_BATCH_BYTES:
+        if end.lane.wipeable - end.material.wiped_to >= WIPE_BATCH_BYTES:
             self.wipe(end)
 
     # -- wiping ---------------------------------------------------------------------------
 
     def wipe(self, end: AnyEnd) -> None:
         """Wipe what was used or skipped, in the background; not before the first hello (1.2)."""
-        if not self.has_met or end.lane_id in self._wiping or end.lane.position <= end.material.wiped_to:
+        below = end.lane.wipeable
+        if not self.has_met or end.lane_id in self._wiping or below <= end.material.wiped_to:
             return
-        below = min(end.lane.position, end.lane.mark)
         if isinstance(end.lane, ReaderLane):
             end.lane.wiped(below)
         self._wiping.add(end.lane_id)

@@ -257,6 +257,33 @@ async def test_a_crash_loop_without_a_peer_burns_32_bytes_a_hello(pair: Pair) ->
     await pair.b.crash()
 
 
+async def test_a_reader_ahead_of_its_writer_keeps_what_the_next_hello_needs(pair: Pair) -> None:
+    """1.2: each restart puts the reader a stride further; the writer never hears of it, and must."""
+    await pair.start()
+    await quiet(pair)
+    writer = pair.a.link.lanes.tx.lane
+    pair.wire.tamper = only(FrameKind.HELLO, from_dialler=False, act=lambda stream, data: [])
+    for _ in range(4):
+        await pair.restart_b()
+        mark = pair.b.link.lanes.rx.lane.mark
+        await pair.b.until(partial(has_more, lambda: pair.b.link.lanes.rx.lane.mark, mark))
+        pair.b.link.tidy()
+        await asyncio.sleep(0.05)
+    assert pair.b.link.lanes.rx.lane.position > writer.mark
+    await pair.restart_a()
+    await pair.restart_b()
+    spent = pair.uses_a.spent("hello")
+    pair.wire.tamper = honest
+    await pair.until_open()
+    assert pair.uses_a.spent("hello") - spent <= 10 * HELLO
+    await send_share(pair.a, b"past what was forfeited")
+    await pair.b.until(lambda: bool(pair.b.shares.got))
+    end = pair.b.link.lanes.rx
+    pair.b.link.tidy()
+    await pair.b.until(lambda: end.material.wiped_to >= end.lane.position)
+    await pair.stop()
+
+
 async def test_no_peer_at_all_burns_nothing(pair: Pair) -> None:
     """1.8: greetings come first, so a node that reaches nobody uses no pad."""
     await pair.start()

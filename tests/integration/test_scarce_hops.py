@@ -68,8 +68,9 @@ async def test_levels_further_on_pace_refills(tmp_path: Path) -> None:
     finally:
         await network.stop()
     assert second > 400 * 1024
-    # One transfer may be on its way, or lost when a level was told while it was.
-    assert first <= second + HUNGRY.transfer_max_bytes
+    # One transfer may be on its way when all stops, and one lost because a level was told while it was:
+    # without levels it is three or more.
+    assert first <= second + 2 * HUNGRY.transfer_max_bytes
 
 
 @pytest.mark.slow

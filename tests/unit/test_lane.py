@@ -201,8 +201,23 @@ def test_hello_is_taken_below_the_position_while_bytes_are_held() -> None:
     lane = reader(2_000, mark=1_000)
     lane.check_held(Range(500, 532))
     lane.wiped(600)
+    lane.check_held(Range(500, 532))
+    lane.accept(532)
+    lane.wiped(600)
+    lane.check_held(Range(532, 564))
     with pytest.raises(PeerError):
         lane.check_held(Range(500, 532))
+
+
+def test_a_reader_wipes_what_its_writer_is_past_and_no_more() -> None:
+    lane = reader(2_000, mark=1_000)
+    assert (lane.position, lane.wipeable) == (1_000, 0)
+    lane.accept(532)
+    assert (lane.position, lane.wipeable) == (1_000, 532)
+    lane.accept(1_064)
+    assert lane.wipeable == 1_000
+    lane.mark_moved(1_200)
+    assert lane.wipeable == 1_064
 
 
 def test_position_never_goes_back_and_reports_stay_below_the_mark() -> None:
