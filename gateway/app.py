@@ -184,15 +184,20 @@ class Gateway:
         _LOG.info("listening", extra={"https_port": self.https_port, "http_port": self.http_port})
 
     async def stop(self) -> None:
-        """Drain: no new connections, answer what is being asked, then end (bounded by ``drain_s``)."""
+        """Drain both interfaces at once: no new connections, answer what is being asked, then end.
+
+        Takes ``drain_delay_s`` and at most ``drain_s``; whoever kills the process waits little longer.
+        """
         limits = self._config.limits
         listener, self._listener = self._listener, None  # from here /readyz says no
         if listener is not None:
             await asyncio.sleep(limits.drain_delay_s)
-            listener.close()
-            await self._rest.drain(limits.drain_s)
-        if self._border_side is not None:
-            await self._border_side.stop()
+        async with asyncio.TaskGroup() as draining:
+            if listener is not None:
+                listener.close()
+                draining.create_task(self._rest.drain(limits.drain_s))
+            if self._border_side is not None:
+                draining.create_task(self._border_side.stop())
         if self._follower is not None:
             self._follower.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -14,6 +14,7 @@ import uvloop
 from gateway.app import Gateway
 from gateway.config import GatewayConfig
 from gateway.port import KeyService
+from mesh.client.border import BorderClient
 from mesh.pki.authority import Pki
 
 DOMAIN = "metro"
@@ -36,7 +37,14 @@ class GatewayThread:
         self._thread.start()
         self._gateways: list[Gateway] = []
 
-    def start(self, gateway_id: str, service: KeyService, **sections: Mapping[str, Any]) -> Gateway:
+    def start(
+        self,
+        gateway_id: str,
+        service: KeyService,
+        *,
+        border: BorderClient | None = None,
+        **sections: Mapping[str, Any],
+    ) -> Gateway:
         """Start one gateway; ``sections`` add to or replace parts of its configuration."""
         self.pki.gateway_server(gateway_id).save(self.directory, gateway_id)
         config = msgspec.convert(
@@ -52,7 +60,7 @@ class GatewayThread:
             },
             GatewayConfig,
         )
-        gateway = self.run(_make(config, self.directory, service))
+        gateway = self.run(_make(config, self.directory, service, border))
         self.run(gateway.start())
         self._gateways.append(gateway)
         return gateway
@@ -75,5 +83,7 @@ class GatewayThread:
         self._loop.close()
 
 
-async def _make(config: GatewayConfig, base: Path, service: KeyService) -> Gateway:
-    return Gateway(config, base=base, service=service)
+async def _make(
+    config: GatewayConfig, base: Path, service: KeyService, border: BorderClient | None
+) -> Gateway:
+    return Gateway(config, base=base, service=service, border=border)
