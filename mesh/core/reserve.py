@@ -256,21 +256,37 @@ class OutboundReserve:
 class DrawClock:
     """When slots were drawn, in coarse steps: tells what a key lifetime allows to be retired (4.7).
 
-    Holds pairs (slot, time): everything below the slot was drawn by that time.
+    Holds pairs (slot, time): everything below the slot was drawn by that time. Note the position at
+    draws and also now and then without one, or what a burst drew after its first point never expires.
+
+    Args:
+        step_s: least time between points.
+        known: points of an earlier run.
+        retired_below: below this slot nothing is left to expire.
     """
 
-    def __init__(self, *, step_s: float, known: Iterable[tuple[int, float]] = ()) -> None:
+    def __init__(
+        self, *, step_s: float, known: Iterable[tuple[int, float]] = (), retired_below: int = 0
+    ) -> None:
         self.step_s = step_s
         self._points = sorted(known)
+        self._noted = max([retired_below, *(slot for slot, _ in self._points)])
 
-    def note(self, position: int, now_s: float) -> tuple[int, float] | None:
-        """Notes the draw position; returns a point to make durable at most once per step."""
-        if self._points and (position <= self._points[-1][0] or now_s < self._points[-1][1] + self.step_s):
-            return None
-        if position == 0:
-            return None
-        self._points.append((position, now_s))
-        return self._points[-1]
+    def note(self, position: int, now_s: float) -> list[tuple[int, float]]:
+        """Notes the draw position; returns points to make durable, a new one at most once per step.
+
+        What was noted while the clock had leapt forward was drawn by now at the latest: else it would
+        live until that date, and no later point would be taken before it.
+        """
+        changed: list[tuple[int, float]] = []
+        if self._points and now_s < self._points[-1][1]:
+            changed = [(slot, now_s) for slot, at_s in self._points if at_s > now_s]
+            self._points[-len(changed) :] = changed
+        if position > self._noted and not (self._points and now_s < self._points[-1][1] + self.step_s):
+            self._noted = position
+            self._points.append((position, now_s))
+            changed.append(self._points[-1])
+        return changed
 
     def expired_below(self, now_s: float, lifetime_s: float) -> int:
         """The slot below which every key is older than its lifetime; forgets points below it."""

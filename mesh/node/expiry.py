@@ -52,6 +52,11 @@ class Expiry:
         return self._around.now_s() < self._held_until_s
 
     @property
+    def wall_s(self) -> float:
+        """Seconds since 1970 to stamp things with, also while expiry is held back."""
+        return self._around.now_s()
+
+    @property
     def now_s(self) -> float:
         """Seconds since 1970 to compare stamps with; 0, before all of them, while expiry is held back."""
         self.look()

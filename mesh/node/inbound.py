@@ -196,9 +196,11 @@ class InboundBook:
                 else:
                     self._store.reserve_files.wipe(piece.file, piece.file_offset + offset, length)
             self._tag_columns.pop(piece.first, None)
-        for piece in [one for one in self._pieces if one.stop <= below]:
-            self._pieces.remove(piece)
+        # Pieces lie apart and in order: those wholly below come first, and there may be a million.
+        gone = bisect_right(self._pieces, below, key=lambda piece: piece.stop)
+        for piece in self._pieces[:gone]:
             self._tag_columns.pop(piece.first, None)
+        del self._pieces[:gone]
         self.slots.retire(below)
         for file in files:
             self._spawn(self._store.reserve_files.remove(file))

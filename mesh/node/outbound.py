@@ -13,8 +13,10 @@ import logging
 from bisect import bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mesh.core.keyid import KeyAddress, tagger
+from mesh.core.network import NetworkDocument
 from mesh.core.ranges import Range, RangeSet
 from mesh.core.reserve import DrawClock, OutboundReserve, slots_per_key
 from mesh.core.transfer import KEY_PART_BYTES, TAG_PART_BYTES, SlotKind
@@ -72,8 +74,10 @@ class OutboundBook:
         self.is_open = row.state is ReserveState.OPEN
         # False until a confirm came in this run: until then transfers say that they open the epoch.
         self.is_opened = False
+        # The network document that was last seen to ask for this grade.
+        self.granted_by: NetworkDocument | None = None
         self.retired_below = row.retired_below
-        self.clock = DrawClock(step_s=max(1.0, lifetime_s / _CLOCK_STEPS))
+        self.clock = DrawClock(step_s=max(1.0, lifetime_s / _CLOCK_STEPS), retired_below=row.retired_below)
         self._store = store
         self._spawn = spawn
         self._segments: dict[SlotKind, list[_Segment]] = {kind: [] for kind in SlotKind}
@@ -97,7 +101,7 @@ class OutboundBook:
         """Brings confirmed appends back after a proven restart; returns the first slots of spent ones."""
         spent = []
         taken = RangeSet(used)
-        self.clock = DrawClock(step_s=self.clock.step_s, known=points)
+        self.clock = DrawClock(step_s=self.clock.step_s, known=points, retired_below=self.retired_below)
         for row in rows:
             kind = SlotKind.KEYS if row.kind is AppendKind.KEYS else SlotKind.SEALED
             if kind is SlotKind.KEYS and row.first_slot + row.count <= self.slots.draw_position:
@@ -275,13 +279,15 @@ class OutboundBook:
     def _after_draw(self, end: int, now_s: float) -> None:
         if self.slots.draw_mark - end < DRAW_STRIDE_SLOTS // 2:
             self._move_soon(end + DRAW_STRIDE_SLOTS // 2)
-        point = self.clock.note(end, now_s)
-        if point is not None:
-            slot, at_s = point[0], int(point[1])
-            self._later(lambda tables: tables.slots.put_draw_time(self.reserve_id, slot, at_s))
+        self.note_drawn(now_s)
         segments = self._segments[SlotKind.KEYS]
         while segments and segments[0].stop <= end:
             self._drop(segments[0])
+
+    def note_drawn(self, now_s: float) -> None:
+        """Notes what is drawn by now for the key lifetime; ``now_s`` is never held back."""
+        for slot, at_s in self.clock.note(self.slots.draw_position, now_s):
+            self._later(partial(_put_draw_time, self.reserve_id, slot, int(at_s)))
 
     def _read(self, span: Range) -> tuple[bytes, bytes]:
         """Tag parts and key parts of slots, across segments; wipes behind itself chunk by chunk."""
@@ -424,6 +430,10 @@ class OutboundBook:
             self._spawn(_finished(self._store.commit_soon(change)))
         except MeshError as exc:
             _LOG.warning("bookkeeping of a reserve failed", extra={"peer": self.peer, "cause": str(exc)})
+
+
+def _put_draw_time(reserve_id: int, slot: int, at_s: int, tables: Tables) -> None:
+    tables.slots.put_draw_time(reserve_id, slot, at_s)
 
 
 async def _finished(future: asyncio.Future[object]) -> None:

@@ -22,7 +22,7 @@ RETIRE_ALL = MAX_SLOT + 1
 _LINEAGE = "lineage"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OldEpoch:
     """A closed outbound epoch: after the key lifetime its source retires all of it."""
 
@@ -164,6 +164,16 @@ class Reserves:
         self._spawn(
             self._store.commit(lambda tables: tables.slots.put_draw_time(reserve_id, RETIRE_ALL, now_s))
         )
+
+    def closed_by(self, old: OldEpoch, now_s: int) -> None:
+        """What was closed while the clock had leapt forward was closed by now at the latest."""
+        if old.closed_at_s > now_s:
+            old.closed_at_s = now_s
+            self._spawn(
+                self._store.commit(
+                    lambda tables: tables.slots.put_draw_time(old.reserve_id, RETIRE_ALL, now_s)
+                )
+            )
 
     async def forget_old(self, peer: str, old: OldEpoch) -> None:
         """The target has retired all of a closed epoch."""

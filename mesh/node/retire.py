@@ -42,6 +42,7 @@ class Retirer:
             await self._guarded(self._retire_current(book), book.peer)
         for peer in self._reserves.old_peers():
             for old in list(self._reserves.old_epochs(peer)):
+                self._reserves.closed_by(old, int(self._expiry.wall_s))
                 if old.closed_at_s + self._lifetime_s <= self._expiry.now_s:
                     await self._guarded(self._retire_old(peer, old), peer)
 
@@ -52,6 +53,7 @@ class Retirer:
             _LOG.info("retire failed", extra={"peer": peer, "cause": str(exc)})
 
     async def _retire_current(self, book: OutboundBook) -> None:
+        book.note_drawn(self._expiry.wall_s)
         expired = book.clock.expired_below(self._expiry.now_s, self._lifetime_s)
         due = self._due[book.reserve_id] = max(self._due.get(book.reserve_id, 0), expired)
         bounds = [self._jobs.lowest_unanswered(book.peer, book.epoch), book.slots.lowest_sealed_in_flight]

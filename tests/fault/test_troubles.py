@@ -110,6 +110,36 @@ async def test_small_corrections_of_the_clock_are_no_leap(line: KeyNetwork) -> N
     assert not has_clock_alarm(line)
 
 
+async def test_what_a_burst_drew_after_its_first_key_expires_too(line: KeyNetwork) -> None:
+    burst = [(await line.get("sae-a", "sae-c")).keys[0][0] for _ in range(3)]
+    line.clock.offset_s += DAY_S / 90
+    await expire_everywhere(line)
+    line.clock.offset_s += DAY_S
+    await expire_everywhere(line)
+    for key_id in burst:
+        with pytest.raises(CallerError):
+            await line.redeem("sae-c", "sae-a", [key_id])
+
+
+async def test_what_was_drawn_and_closed_during_a_leap_forward_expires_after_its_correction(
+    line: KeyNetwork,
+) -> None:
+    reserves = line.plane("kme-a").reserves
+    line.clock.leap_s += 10 * DAY_S
+    key = await line.get("sae-a", "sae-c")
+    later = await line.get("sae-a", "sae-b")
+    reserves.retire_outbound(reserves.outbound["kme-b"], int(line.clock.now_s()))
+    line.clock.leap_s = 0
+    await expire_everywhere(line)
+    assert (await line.redeem("sae-b", "sae-a", [later.keys[0][0]])).keys == later.keys
+    line.clock.offset_s += DAY_S + 1
+    await expire_everywhere(line)
+    assert not line.plane("kme-a").expiry.is_held
+    assert reserves.old_peers() == []
+    with pytest.raises(CallerError):
+        await line.redeem("sae-c", "sae-a", [key.keys[0][0]])
+
+
 # --- a provider without Poly1305 --------------------------------------------------------------
 
 
@@ -180,20 +210,20 @@ async def test_a_full_disk_takes_one_block_of_device_key_at_most_and_ingest_goes
 ) -> None:
     pair, files = pair_on_disks
     site = pair.a if who == "leader" else pair.b
-    await pair.a.until(lambda: pair.devices.budget_bytes == 0, timeout_s=20)
+    await pair.a.until(lambda: pair.devices.budget_bytes == 0)
     files[who].is_full = True
     fetched = len(pair.devices.follower.fetched)
     pair.devices.budget_bytes = more = 1 << 20
-    await site.until(lambda: site.alarms.is_open(disk.ALARM), timeout_s=20)
+    await site.until(lambda: site.alarms.is_open(disk.ALARM))
     await asyncio.sleep(0.5)
     if who == "leader":
         assert pair.devices.budget_bytes >= more - FAST_INGEST.block_bytes
     assert (len(pair.devices.follower.fetched) - fetched) * 1024 <= FAST_INGEST.block_bytes
     assert not site.alarms.is_open(f"link/{site.peer}/device")
     files[who].is_full = False
-    await site.until(lambda: pair.devices.budget_bytes == 0, timeout_s=20)
+    await site.until(lambda: pair.devices.budget_bytes == 0)
     lanes = pair.b.link.lanes
     least = (256 << 10) + more - FAST_INGEST.block_bytes - (32 << 10)
-    await site.until(lambda: lanes.rx.lane.usable_bytes + lanes.tx.lane.usable_bytes >= least, timeout_s=20)
+    await site.until(lambda: lanes.rx.lane.usable_bytes + lanes.tx.lane.usable_bytes >= least)
     assert not site.alarms.is_open(disk.ALARM)
     assert pair.a.link.is_open

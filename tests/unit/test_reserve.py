@@ -221,13 +221,29 @@ def test_old_tag_parts_are_forgotten_beyond_the_memory() -> None:
 
 def test_draw_times_step_coarsely_and_expire() -> None:
     clock = DrawClock(step_s=10)
-    assert clock.note(0, 0) is None
-    assert clock.note(5, 1) == (5, 1)
-    assert clock.note(9, 5) is None
-    assert clock.note(20, 11) == (20, 11)
+    assert clock.note(0, 0) == []
+    assert clock.note(5, 1) == [(5, 1)]
+    assert clock.note(9, 5) == []
+    assert clock.note(20, 11) == [(20, 11)]
     assert clock.expired_below(100, 95) == 5
     assert clock.expired_below(100, 95) == 0
     assert DrawClock(step_s=10, known=[(20, 11.0)]).expired_below(200, 95) == 20
+
+
+def test_a_position_that_stands_is_noted_once_also_after_it_expired_and_after_a_restart() -> None:
+    clock = DrawClock(step_s=10)
+    clock.note(5, 0)
+    assert clock.note(9, 10) == [(9, 10)]
+    assert clock.expired_below(200, 95) == 9
+    assert clock.note(9, 200) == []
+    assert DrawClock(step_s=10, retired_below=9).note(9, 300) == []
+
+
+def test_points_from_a_clock_that_had_leapt_forward_are_set_back_to_now() -> None:
+    clock = DrawClock(step_s=10, known=[(3, 5.0), (6, 900.0), (9, 910.0)])
+    assert clock.note(12, 20.0) == [(6, 20.0), (9, 20.0)]
+    assert clock.note(12, 31.0) == [(12, 31.0)]
+    assert clock.expired_below(115.0, 95.0) == 9
 
 
 def test_held_slots_of_each_kind_are_what_is_present_and_not_used() -> None:

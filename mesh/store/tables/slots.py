@@ -66,8 +66,14 @@ class Slots(Table):
                 self._run("INSERT INTO used_slots VALUES (?, ?, ?)", reserve_id, slot, stop)
 
     def put_draw_time(self, reserve_id: int, slot: int, at_s: int) -> None:
-        """At ``at_s`` everything below ``slot`` had been drawn."""
-        self._run("INSERT OR IGNORE INTO draw_times VALUES (?, ?, ?)", reserve_id, slot, at_s)
+        """At ``at_s`` everything below ``slot`` had been drawn; of two times the earlier stands."""
+        self._run(
+            "INSERT INTO draw_times VALUES (?, ?, ?)"
+            " ON CONFLICT (reserve_id, slot) DO UPDATE SET at_s = min(at_s, excluded.at_s)",
+            reserve_id,
+            slot,
+            at_s,
+        )
 
     def draw_times(self, reserve_id: int) -> list[tuple[int, int]]:
         """(slot, at_s) by slot."""
