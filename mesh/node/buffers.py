@@ -2,7 +2,7 @@
 
 Owns the ``buffer`` of an SAE pair (off by default): with it no request waits for an ocean. A buffered key
 is durable here and at the far end; it leaves the buffer durably before it is handed out, is voided when
-it gets old, and can be taken back by the border as long as it is here.
+it gets old or the policy asks for another grade, and can be taken back by the border as long as it is here.
 """
 
 from __future__ import annotations
@@ -53,15 +53,24 @@ class Buffers:
     Args:
         fill: hands fresh keys of a pair over; their rows are durable with the decision, and told then.
         void: voids keys at their border.
+        is_granted: whether a key has the grade that is asked for by now; one that has not is dropped.
     """
 
     def __init__(
-        self, around: Surroundings, specs: Iterable[BufferSpec], *, store: Store, fill: Fill, void: Void
+        self,
+        around: Surroundings,
+        specs: Iterable[BufferSpec],
+        *,
+        store: Store,
+        fill: Fill,
+        void: Void,
+        is_granted: Callable[[BufferRow], bool],
     ) -> None:
         self._around = around
         self._store = store
         self._fill = fill
         self._void = void
+        self._is_granted = is_granted
         self._stocks = {(spec.master, spec.slave): _Stock(spec, deque()) for spec in specs}
         self._kick = asyncio.Event()
 
@@ -89,7 +98,11 @@ class Buffers:
         if stock is None:
             return None
         now_s = self._around.now_s()
-        fresh = (row for row in stock.rows if len(row.value) == size_bytes and row.expires_at_s > now_s)
+        fresh = (
+            row
+            for row in stock.rows
+            if len(row.value) == size_bytes and row.expires_at_s > now_s and self._is_granted(row)
+        )
         rows = list(islice(fresh, number))
         if len(rows) < number:
             return None
@@ -161,7 +174,7 @@ class Buffers:
     async def _drop_old(self) -> None:
         now_s = self._around.now_s()
         for stock in self._stocks.values():
-            old = [row for row in stock.rows if row.expires_at_s <= now_s]
+            old = [row for row in stock.rows if row.expires_at_s <= now_s or not self._is_granted(row)]
             for row in old:
                 stock.rows.remove(row)
             for border in sorted({row.border for row in old}):

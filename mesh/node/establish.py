@@ -90,6 +90,23 @@ class Establisher:
         """Transfers sent and not settled."""
         return len(self._underway.in_flight)
 
+    def current(self, target: str) -> OutboundBook | None:
+        """The reserve towards a target, if it has the grade that the document in force asks for (3.4).
+
+        One of another grade is given up: what was drawn from it stays redeemable, nothing more is drawn
+        or sealed with it, and the next establish opens an epoch. On the path of every draw.
+        """
+        book = self._reserves.outbound.get(target)
+        document = self._paths.document_in_force
+        if book is None or document is None:
+            return None
+        if book.granted_by is not document:
+            if book.grade != str(self._paths.grade(target)):
+                self.forget_epoch(book)
+                return None
+            book.granted_by = document
+        return book
+
     async def establish(self, order: Order, *, timeout_s: float) -> OutboundBook:
         """Establishes fresh slots with the target; returns the reserve that holds them, confirmed.
 
@@ -148,16 +165,13 @@ class Establisher:
         )
 
     async def _current(self, target: str) -> OutboundBook:
-        """The current epoch towards a target, of the pair's grade (3.4); made when there is none."""
-        grade = str(self._paths.grade(target))
-        book = self._reserves.outbound.get(target)
-        if book is not None and book.grade != grade:
-            self.forget_epoch(book)
-            book = None
+        """The current epoch towards a target, of the pair's grade; made when there is none."""
+        book = self.current(target)
         if book is None:
             async with self._opening.setdefault(target, asyncio.Lock()):
-                book = self._reserves.outbound.get(target)
+                book = self.current(target)
                 if book is None:
+                    grade = str(self._paths.grade(target))
                     epoch = self._reserves.next_outbound_epoch(target)
                     book = await self._reserves.open_outbound(target, epoch, grade)
         return book

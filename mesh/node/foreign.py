@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from mesh.core.border_rules import Association, BufferSpec
-from mesh.errors import ErrorReason, ShortageError
+from mesh.errors import ErrorReason, MeshError, ShortageError
 from mesh.node.border.border import Border
 from mesh.node.border.ports import Arrival, DocumentPort
 from mesh.node.buffers import FILL_TIMEOUT_S, Buffers
@@ -49,7 +49,9 @@ class ForeignKeys:
         self._handovers = handovers
         self._border = border
         self._lifetime_s = lifetime_s
-        self.buffers = Buffers(around, specs, store=store, fill=self._fill, void=self._void)
+        self.buffers = Buffers(
+            around, specs, store=store, fill=self._fill, void=self._void, is_granted=self._is_granted
+        )
         handovers.unbuffer = self.buffers.unbuffer
 
     async def deliver(
@@ -137,6 +139,17 @@ class ForeignKeys:
             timeout_s=FILL_TIMEOUT_S,
             request_id="buffer",
             on_kept=on_kept,
+        )
+
+    def _is_granted(self, row: BufferRow) -> bool:
+        """Whether a key that is kept ready has the grade of the way to its border (3.4)."""
+        try:
+            document = self._document()
+        except MeshError:
+            return True  # nobody gets a key now: nothing is to be decided
+        own = self._around.own_id
+        return row.grade == (
+            LOCAL_GRADE if row.border == own else str(document.policy(own, row.border).grade)
         )
 
     async def _void(self, border: str, master: str, key_ids: Sequence[bytes]) -> None:

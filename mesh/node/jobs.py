@@ -248,7 +248,7 @@ class Jobs:
 
     def _take(self, peer: str, count: int) -> tuple[OutboundBook, Range] | None:
         """Sealed slots that are at hand; sees to it that there will be more."""
-        book = self._reserves.outbound.get(peer)
+        book = self._establisher.current(peer)
         span = book.slots.take_sealed(count) if book is not None and book.is_open else None
         if book is None or span is None:
             return None

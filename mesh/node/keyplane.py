@@ -328,7 +328,7 @@ class KeyPlane:
 
     def _has_sealed(self, peer: str) -> bool:
         """Whether sealed messages can leave to a peer without any establish."""
-        book = self.reserves.outbound.get(peer)
+        book = self.establisher.current(peer)
         return book is not None and book.is_open and book.slots.sealed_slots >= MIN_SLOTS
 
     def _may(self, caller: str, peer: str) -> bool:
@@ -583,7 +583,7 @@ class KeyPlane:
             held = self.stored.local_level_bytes() // size
         else:
             grade = str(document.policy(self._around.own_id, pair.home).grade)
-            book = self.reserves.outbound.get(pair.home)
+            book = self.establisher.current(pair.home)
             held = book.slots.available(slots_per_key(size)) if book is not None and book.is_open else 0
         ceiling = max(held, self._config.high_water_bytes // size)
         return StatusResponse(

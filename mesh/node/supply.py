@@ -116,7 +116,7 @@ class Supply:
 
     def draw_now(self, peer: str, master: str, slave: str, number: int, size_bytes: int) -> Keys | None:
         """Keys from the reserve as it is, without waiting; None if that is not possible now."""
-        book = self._reserves.outbound.get(peer)
+        book = self._establisher.current(peer)
         if book is None:
             return None
         keys = book.try_draw(number, size_bytes, master, slave, self._around.now_s())
@@ -148,7 +148,7 @@ class Supply:
         per_key = slots_per_key(size_bytes)
         while True:
             keys = self.draw_now(peer, master, slave, number, size_bytes)
-            book = self._reserves.outbound.get(peer)
+            book = self._establisher.current(peer)
             if keys is not None and book is not None:
                 return keys, book.grade
             if book is not None and await book.ready_to_draw(number, per_key):
@@ -282,7 +282,7 @@ class Supply:
     def _start_refills(self, peer: str, refill: _Refill, now_s: float) -> None:
         if now_s < refill.not_before_s:
             return
-        book = self._reserves.outbound.get(peer)
+        book = self._establisher.current(peer)
         level = 0 if book is None else book.level_bytes
         wanted = refill.water.wanted(level, refill.in_flight_slots * KEY_PART_BYTES) // KEY_PART_BYTES
         while wanted > 0 and refill.transfers < _BULK_IN_FLIGHT:
