@@ -25,7 +25,8 @@ from mesh.client import CallerError, DeliveredKey, KeyStatus
 
 MAX_WIRE_INTEGER: Final = 2**31 - 1
 MAX_ADDITIONAL_SLAVES: Final = 256
-MAX_KEY_IDS: Final = 4096
+# The most that a node's limits.max_key_per_request can be set to.
+MAX_KEY_IDS: Final = 1024
 MAX_QUERY_CHARS: Final = 8192
 
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")

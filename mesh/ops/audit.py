@@ -4,8 +4,9 @@ Owns one append-only file of JSON lines, mode 0600, opened O_APPEND, rotated by 
 with a bound on how many old ones stay; one that somebody else moved away is begun anew
 within a second. A line is written with one system call before
 the answer leaves; when it cannot be written the call fails, so that no key leaves
-unrecorded. The file is not synced: a power cut may lose the last lines (syncing
-belongs to ``mesh.store``). Never key bytes; values that hold bytes are refused.
+unrecorded. A list that no line holds is cut, and the line says by how many; what one
+request may ask for fits. The file is not synced: a power cut may lose the last lines
+(syncing belongs to ``mesh.store``). Never key bytes; values that hold bytes are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mesh.errors import ConfigError, ErrorReason, UnavailableError
 from mesh.ops.logging import request_id
 
 _MAX_LINE_BYTES = 65_536
+_CUT_NOTE_BYTES = 64
 AuditValue = str | int | float | bool | None | Sequence[str]
 
 
@@ -82,10 +84,7 @@ class AuditLog:
             for name, value in facts.items():
                 if not _is_fit(value):
                     raise TypeError(f"audit fact {name} must be text, a number or a list of text")
-            line = self._encoder.encode({**common, **facts})
-            if len(line) > _MAX_LINE_BYTES:
-                raise TypeError("an audit line is longer than 64 KiB")
-            encoded += line
+            encoded += self._line({**common, **facts})
             encoded += b"\n"
         if encoded:
             with self._lock:
@@ -105,6 +104,23 @@ class AuditLog:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _line(self, facts: dict[str, AuditValue]) -> bytes:
+        """One line; while it is too long its longest list loses what is too much of it."""
+        line, cut = self._encoder.encode(facts), dict[str, int]()
+        while len(line) > _MAX_LINE_BYTES:
+            lists = [
+                (name, value) for name, value in facts.items() if isinstance(value, list | tuple) and value
+            ]
+            if not lists:
+                raise TypeError("an audit line is longer than 64 KiB")
+            size, name, items = max((len(self._encoder.encode(value)), name, value) for name, value in lists)
+            too_many = len(line) + _CUT_NOTE_BYTES - _MAX_LINE_BYTES
+            kept = min(max(0, int(len(items) * (1 - too_many / size))), len(items) - 1)
+            cut[f"{name}_cut"] = cut.get(f"{name}_cut", 0) + len(items) - kept
+            facts = {**facts, **cut, name: items[:kept]}
+            line = self._encoder.encode(facts)
+        return line
 
     def _append(self, encoded: bytearray) -> None:
         if self._descriptor < 0:

@@ -84,6 +84,27 @@ def test_rotation_is_bounded(tmp_path: Path) -> None:
     assert all(stat.S_IMODE(entry.stat().st_mode) == 0o600 for entry in tmp_path.iterdir())
 
 
+def test_a_list_that_no_line_holds_is_cut_and_the_line_says_by_how_many(tmp_path: Path) -> None:
+    path = tmp_path / "audit.log"
+    ids, targets = [f"{n:036}" for n in range(1024)], [f"{n:064}" for n in range(2048)]
+    with AuditLog(path) as audit:
+        audit.record("whole", key_ids=ids, targets=targets[:256])
+        audit.record("cut", key_ids=ids, targets=targets)
+        audit.record("both", key_ids=tuple(ids * 3), targets=targets)
+        with pytest.raises(TypeError, match="64 KiB"):
+            audit.record("text", text="x" * 70_000)
+    whole, cut, both = lines(path)
+    assert (whole["key_ids"], whole["targets"]) == (ids, targets[:256])
+    assert "targets_cut" not in whole
+    kept = cut["targets"]
+    assert isinstance(kept, list)
+    assert cut["key_ids"] == ids
+    assert kept == targets[: len(kept)]
+    assert cut["targets_cut"] == 2048 - len(kept)
+    assert {"key_ids_cut", "targets_cut"} <= both.keys()
+    assert all(32_768 < len(line) <= 65_536 for line in path.read_bytes().splitlines())
+
+
 def test_many_lines_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = []
     real = os.write
