@@ -47,6 +47,7 @@ class Failed:
     """All shares are here, or those that will come, and no k of them fit the tag."""
 
     header: TransferHeader
+    tag: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,9 @@ class Collector:
 
     def pending(self, transfer: TransferId, tag: bytes) -> tuple[int, ...] | None:
         """The routes whose shares are here while no k of them fit; None if that is not the state."""
-        for key in self._by_transfer.get(transfer, ()):
-            entry = self._pending[key]
-            if entry.tag == tag and not entry.used:
-                return tuple(sorted(entry.links))
-        return None
+        entries = (self._pending[key] for key in self._by_transfer.get(transfer, ()))
+        arrived = [tuple(sorted(entry.links)) for entry in entries if entry.tag == tag and not entry.used]
+        return max(arrived, key=len, default=None)
 
     def add(
         self,
@@ -157,7 +156,7 @@ class Collector:
         if header.grade.n == 1:
             if transfer_tag(encoded, share) == tag:
                 return [Verified(header, tag, share)]
-            return [Failed(header), Named(header, Verdict.SUSPECTED, (0,))]
+            return [Failed(header, tag), Named(header, Verdict.SUSPECTED, (0,))]
         key = (encoded, tag)
         entry = self._pending.get(key)
         if entry is None:
@@ -174,7 +173,10 @@ class Collector:
             outcomes = self._compare(entry) if entry.used else self._search(key, entry)
         if entry.is_complete and key in self._pending:
             if not entry.used:
-                outcomes += [Failed(header), Named(header, Verdict.SUSPECTED, tuple(sorted(entry.links)))]
+                outcomes += [
+                    Failed(header, entry.tag),
+                    Named(header, Verdict.SUSPECTED, tuple(sorted(entry.links))),
+                ]
             self._drop(key)
         return outcomes
 
@@ -248,12 +250,20 @@ class Collector:
         verdict = Verdict.LIED if blame.is_certain else Verdict.SUSPECTED
         return [Named(entry.header, verdict, tuple(x - 1 for x in blame.named))]
 
+    @staticmethod
+    def _failed(entry: _Pending) -> list[Outcome]:
+        suspects = tuple(sorted(entry.links))
+        return [Failed(entry.header, entry.tag), Named(entry.header, Verdict.SUSPECTED, suspects)]
+
     def _missing(self, entry: _Pending) -> list[Outcome]:
         """What is left to say of a transfer that waits no longer: k or more of its shares came."""
         header = entry.header
         outcomes: list[Outcome] = []
         if not entry.used:
-            outcomes += [Failed(header), Named(header, Verdict.SUSPECTED, tuple(sorted(entry.links)))]
+            outcomes += [
+                Failed(header, entry.tag),
+                Named(header, Verdict.SUSPECTED, tuple(sorted(entry.links))),
+            ]
         missing = set(range(header.grade.n)) - set(entry.links)
         siblings = (self._pending[key] for key in self._by_transfer[header.transfer])
         relabelled = missing & {route for other in siblings if other is not entry for route in other.links}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from mesh.core import mac, otp
 from mesh.core.collector import Collector, Failed, Named, Outcome, Verified
@@ -31,6 +31,7 @@ from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError
 from mesh.node.deposits import Applied, InboundDeposits
 from mesh.node.inbound import INLINE_MAX_BYTES, InboundBook
 from mesh.node.keyports import DocumentView, Incarnation, PeerCaller, Surroundings
+from mesh.node.refusals import WHOLE, Refusal, Refusals
 from mesh.node.reports import Reports
 from mesh.node.reserves import Reserves
 from mesh.node.routewatch import RouteWatch
@@ -46,19 +47,12 @@ _MAX_PENDING_BYTES = 64 * 1024 * 1024
 _MAX_CHECKED_BYTES = 16 * 1024 * 1024
 #: A relay's queue lets a share go after ten seconds.
 _KEEP_S = 12.0
-_MAX_REFUSED = 1024
 _MAX_APPENDING_BYTES = 64 * 1024 * 1024
 _CONFIRM_PAUSES_S = (0.2, 1.0, 3.0)
 _CONFIRM_TIMEOUT_S = 2.0
 _TAG_BYTES = 16
 
 _LOG = logging.getLogger("keymesh.appends")
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    reason: ErrorReason
-    highest_epoch: int
 
 
 class Appender:
@@ -101,7 +95,7 @@ class Appender:
             keep_s=_KEEP_S,
             randomness=around.randomness,
         )
-        self._refused: OrderedDict[TransferId, _Refusal] = OrderedDict()
+        self._refusals = Refusals()
         self._appending: set[TransferId] = set()
         self._appending_bytes = 0
         self._opening: dict[str, asyncio.Lock] = {}
@@ -123,16 +117,20 @@ class Appender:
         try:
             check_target(header, document)
         except PeerError as exc:
-            self._refuse(header.transfer, exc.reason)
+            self._refuse(header.transfer, tag, exc.reason, came_from)
             raise
         if self._appending_bytes + len(share) > _MAX_APPENDING_BYTES:
-            self._refuse(header.transfer, ErrorReason.BUSY)
+            self._refuse(header.transfer, tag, ErrorReason.BUSY, came_from)
             raise ShortageError("too many bytes are being appended", reason=ErrorReason.BUSY)
         now_s = self._around.monotonic_s()
         for outcome in self._collector.add(
             header, encoded, tag, route=route, came_from=came_from, share=share, now_s=now_s
         ):
-            self._act(outcome)
+            if isinstance(outcome, Failed) and header.grade.n == 1:
+                # One share that anybody may have made up.
+                self._refuse(header.transfer, tag, ErrorReason.TAG_MISMATCH, came_from)
+            else:
+                self._act(outcome)
 
     def expire(self) -> None:
         """Drops transfers that waited too long for their other shares; call every few seconds."""
@@ -142,11 +140,13 @@ class Appender:
     def _act(self, outcome: Outcome) -> None:
         transfer = outcome.header.transfer
         if isinstance(outcome, Verified):
+            if transfer in self._appending:
+                return  # with k = 1 a second share, or a replay, verifies by itself
             self._appending_bytes += len(outcome.secret)
             self._appending.add(transfer)
             self._tasks.spawn(self._append(outcome))
         elif isinstance(outcome, Failed):
-            self._refuse(transfer, ErrorReason.TAG_MISMATCH)
+            self._refuse(transfer, outcome.tag, ErrorReason.TAG_MISMATCH)
         else:
             self._name(outcome)
 
@@ -162,11 +162,10 @@ class Appender:
         )
         self._reports.named(transfer, named.verdict, named.routes)
 
-    def _refuse(self, transfer: TransferId, reason: ErrorReason) -> None:
+    def _refuse(self, transfer: TransferId, tag: bytes, reason: ErrorReason, came_from: str = WHOLE) -> None:
         highest = self._reserves.highest_inbound(transfer.source)
-        self._refused[transfer] = _Refusal(reason, -1 if highest is None else highest)
-        while len(self._refused) > _MAX_REFUSED:
-            self._refused.popitem(last=False)
+        refusal = Refusal(reason, -1 if highest is None else highest)
+        self._refusals.add(transfer, tag, refusal, came_from=came_from)
 
     # appending
 
@@ -180,7 +179,7 @@ class Appender:
             parts = split_secret(verified.secret, len(header.attachment))
             confirm = await self._append_once(verified, parts)
         except MeshError as exc:
-            self._refuse(header.transfer, exc.reason)
+            self._refuse(header.transfer, verified.tag, exc.reason)
             _LOG.warning(
                 "append refused",
                 extra={
@@ -312,9 +311,6 @@ class Appender:
         transfer = TransferId(asked.source_kme_id, asked.target_kme_id, asked.epoch, asked.first_slot)
         if transfer in self._appending:
             return TransferAnswer(state=TransferAnswer.PENDING)
-        arrived = self._collector.pending(transfer, query.tag)
-        if arrived is not None:
-            return TransferAnswer(state=TransferAnswer.PENDING, arrived_routes=arrived)
         book = self._reserves.inbound(transfer.source, transfer.epoch)
         row = None
         if book is not None and transfer.target == self._around.own_id:
@@ -324,14 +320,22 @@ class Appender:
         if row is not None and is_same and row.confirm:
             stored = ConfirmRequest(message=row.confirm[:-_TAG_BYTES], tag=row.confirm[-_TAG_BYTES:])
             return TransferAnswer(state=TransferAnswer.APPENDED, confirm=stored)
-        refusal = self._refused.get(transfer)
+        refusal = self._refusals.of_transfer(transfer, query.tag)
         if refusal is not None:
-            return TransferAnswer(
-                state=TransferAnswer.REFUSED,
-                reason=refusal.reason.value,
-                highest_epoch=max(0, refusal.highest_epoch),
-            )
-        return TransferAnswer(state=TransferAnswer.UNKNOWN)
+            return TransferAnswer(state=TransferAnswer.REFUSED, **_told(refusal))
+        # Whoever relabels its share must neither hide what is above, nor end the transfer alone.
+        arrived = self._collector.pending(transfer, query.tag)
+        refused = self._refusals.of_shares(transfer, query.tag)
+        return TransferAnswer(
+            state=TransferAnswer.UNKNOWN if arrived is None else TransferAnswer.PENDING,
+            arrived_routes=arrived or (),
+            refused_links=len(refused),
+            **(_told(refused[-1]) if refused else {}),
+        )
+
+
+def _told(refusal: Refusal) -> dict[str, Any]:
+    return {"reason": refusal.reason.value, "highest_epoch": max(0, refusal.highest_epoch)}
 
 
 def _record(

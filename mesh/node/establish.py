@@ -333,7 +333,10 @@ class Establisher:
                 self.on_confirm(answer.confirm)
             except (PeerError, TagMismatchError) as exc:
                 _LOG.warning("transfer query answered wrongly", extra={"peer": t.target, "cause": str(exc)})
-        elif answer.state == TransferAnswer.REFUSED:
+        elif (
+            answer.state == TransferAnswer.REFUSED
+            or len(transfer.sent) - answer.refused_links < transfer.header.grade.k
+        ):
             self._refused(transfer, answer)
         elif answer.state == TransferAnswer.UNKNOWN:
             transfer.arrived = frozenset()

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mesh/v1/peer.proto\x12\x07mesh.v1\"]\n\nTransferId\x12\x15\n\rsource_kme_id\x18\x01 \x01(\t\x12\x15\n\rtarget_kme_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x12\n\nfirst_slot\x18\x04 \x01(\x04\".\n\x0e\x43onfirmRequest\x12\x0f\n\x07message\x18\x01 \x01(\x0c\x12\x0b\n\x03tag\x18\x02 \x01(\x0c\"#\n\x0f\x43onfirmResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"C\n\rTransferQuery\x12%\n\x08transfer\x18\x01 \x01(\x0b\x32\x13.mesh.v1.TransferId\x12\x0b\n\x03tag\x18\x02 \x01(\x0c\"\xfc\x01\n\x0eTransferAnswer\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.mesh.v1.TransferAnswer.State\x12(\n\x07\x63onfirm\x18\x02 \x01(\x0b\x32\x17.mesh.v1.ConfirmRequest\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rhighest_epoch\x18\x04 \x01(\r\x12\x16\n\x0e\x61rrived_routes\x18\x05 \x03(\r\"S\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07UNKNOWN\x10\x01\x12\x0b\n\x07PENDING\x10\x02\x12\x0c\n\x08\x41PPENDED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\"\x9d\x01\n\x0bRouteReport\x12%\n\x08transfer\x18\x01 \x01(\x0b\x32\x13.mesh.v1.TransferId\x12\x0c\n\x04lied\x18\x02 \x03(\r\x12\x11\n\tsuspected\x18\x03 \x03(\r\x12\x0e\n\x06silent\x18\x04 \x03(\r\x12\x0f\n\x07refused\x18\x05 \x03(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x15\n\rretry_after_s\x18\x07 \x01(\x01\"\x10\n\x0eRouteReportAck\"\xd3\x01\n\x0e\x44\x65positRequest\x12\x15\n\rsource_kme_id\x18\x01 \x01(\t\x12\x15\n\rtarget_kme_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x12\n\nfirst_slot\x18\x04 \x01(\x04\x12\x12\n\nslot_count\x18\x05 \x01(\r\x12\x12\n\nciphertext\x18\x06 \x01(\x0c\x12\x0b\n\x03tag\x18\x07 \x01(\x0c\x12\x0e\n\x06job_id\x18\x08 \x01(\x0c\x12\x12\n\njob_number\x18\t \x01(\x04\x12\x17\n\x0flowest_open_job\x18\n \x01(\x04\"B\n\x0f\x44\x65positResponse\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\x0c\x12\x0b\n\x03tag\x18\x02 \x01(\x0c\x12\x12\n\nis_pending\x18\x03 \x01(\x08\"\x89\x02\n\rSealedMessage\x12!\n\x06retire\x18\x01 \x01(\x0b\x32\x0f.mesh.v1.RetireH\x00\x12#\n\x04keys\x18\x02 \x01(\x0b\x32\x13.mesh.v1.KeyDepositH\x00\x12&\n\tvoid_keys\x18\x03 \x01(\x0b\x32\x11.mesh.v1.VoidKeysH\x00\x12(\n\nopen_epoch\x18\x04 \x01(\x0b\x32\x12.mesh.v1.OpenEpochH\x00\x12*\n\x0b\x65xport_keys\x18\x05 \x01(\x0b\x32\x13.mesh.v1.ExportKeysH\x00\x12*\n\x0brecall_keys\x18\x06 \x01(\x0b\x32\x13.mesh.v1.RecallKeysH\x00\x42\x06\n\x04\x62ody\"+\n\x06Retire\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x12\n\nbelow_slot\x18\x02 \x01(\x04\"\xca\x01\n\nKeyDeposit\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x15\n\rslave_sae_ids\x18\x02 \x03(\t\x12 \n\x04keys\x18\x03 \x03(\x0b\x32\x12.mesh.v1.StoredKey\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x04\x12\x18\n\x10origin_domain_id\x18\x05 \x01(\t\x12\r\n\x05grade\x18\x06 \x01(\t\x12\x11\n\tgive_up_s\x18\x07 \x01(\x01\x12\x1a\n\x12\x65xtension_optional\x18\x08 \x01(\x0c\"=\n\tStoredKey\x12\x0e\n\x06key_id\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x11\n\textension\x18\x03 \x01(\x0c\"C\n\x08VoidKeys\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x0f\n\x07key_ids\x18\x02 \x03(\x0c\x12\x0f\n\x07reports\x18\x03 \x01(\x08\"]\n\nExportKeys\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x14\n\x0cslave_sae_id\x18\x02 \x01(\t\x12\x0f\n\x07key_ids\x18\x03 \x03(\x0c\x12\x11\n\tgive_up_s\x18\x04 \x01(\x01\"4\n\nRecallKeys\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x0f\n\x07key_ids\x18\x02 \x03(\x0c\"*\n\tOpenEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"}\n\x0cSealedAnswer\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\x12\x0e\n\x06proven\x18\x04 \x01(\x08\x12\x0f\n\x07lineage\x18\x05 \x01(\x0c\x12\x16\n\x0e\x66\x61iled_key_ids\x18\x06 \x03(\x0c\x32\x83\x02\n\x04Peer\x12<\n\x07\x43onfirm\x12\x17.mesh.v1.ConfirmRequest\x1a\x18.mesh.v1.ConfirmResponse\x12@\n\rQueryTransfer\x12\x16.mesh.v1.TransferQuery\x1a\x17.mesh.v1.TransferAnswer\x12<\n\x07\x44\x65posit\x12\x17.mesh.v1.DepositRequest\x1a\x18.mesh.v1.DepositResponse\x12=\n\x0cReportRoutes\x12\x14.mesh.v1.RouteReport\x1a\x17.mesh.v1.RouteReportAckb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12mesh/v1/peer.proto\x12\x07mesh.v1\"]\n\nTransferId\x12\x15\n\rsource_kme_id\x18\x01 \x01(\t\x12\x15\n\rtarget_kme_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x12\n\nfirst_slot\x18\x04 \x01(\x04\".\n\x0e\x43onfirmRequest\x12\x0f\n\x07message\x18\x01 \x01(\x0c\x12\x0b\n\x03tag\x18\x02 \x01(\x0c\"#\n\x0f\x43onfirmResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"C\n\rTransferQuery\x12%\n\x08transfer\x18\x01 \x01(\x0b\x32\x13.mesh.v1.TransferId\x12\x0b\n\x03tag\x18\x02 \x01(\x0c\"\x93\x02\n\x0eTransferAnswer\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.mesh.v1.TransferAnswer.State\x12(\n\x07\x63onfirm\x18\x02 \x01(\x0b\x32\x17.mesh.v1.ConfirmRequest\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rhighest_epoch\x18\x04 \x01(\r\x12\x16\n\x0e\x61rrived_routes\x18\x05 \x03(\r\x12\x15\n\rrefused_links\x18\x06 \x01(\r\"S\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07UNKNOWN\x10\x01\x12\x0b\n\x07PENDING\x10\x02\x12\x0c\n\x08\x41PPENDED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\"\x9d\x01\n\x0bRouteReport\x12%\n\x08transfer\x18\x01 \x01(\x0b\x32\x13.mesh.v1.TransferId\x12\x0c\n\x04lied\x18\x02 \x03(\r\x12\x11\n\tsuspected\x18\x03 \x03(\r\x12\x0e\n\x06silent\x18\x04 \x03(\r\x12\x0f\n\x07refused\x18\x05 \x03(\r\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x15\n\rretry_after_s\x18\x07 \x01(\x01\"\x10\n\x0eRouteReportAck\"\xd3\x01\n\x0e\x44\x65positRequest\x12\x15\n\rsource_kme_id\x18\x01 \x01(\t\x12\x15\n\rtarget_kme_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x12\n\nfirst_slot\x18\x04 \x01(\x04\x12\x12\n\nslot_count\x18\x05 \x01(\r\x12\x12\n\nciphertext\x18\x06 \x01(\x0c\x12\x0b\n\x03tag\x18\x07 \x01(\x0c\x12\x0e\n\x06job_id\x18\x08 \x01(\x0c\x12\x12\n\njob_number\x18\t \x01(\x04\x12\x17\n\x0flowest_open_job\x18\n \x01(\x04\"B\n\x0f\x44\x65positResponse\x12\x0e\n\x06\x61nswer\x18\x01 \x01(\x0c\x12\x0b\n\x03tag\x18\x02 \x01(\x0c\x12\x12\n\nis_pending\x18\x03 \x01(\x08\"\x89\x02\n\rSealedMessage\x12!\n\x06retire\x18\x01 \x01(\x0b\x32\x0f.mesh.v1.RetireH\x00\x12#\n\x04keys\x18\x02 \x01(\x0b\x32\x13.mesh.v1.KeyDepositH\x00\x12&\n\tvoid_keys\x18\x03 \x01(\x0b\x32\x11.mesh.v1.VoidKeysH\x00\x12(\n\nopen_epoch\x18\x04 \x01(\x0b\x32\x12.mesh.v1.OpenEpochH\x00\x12*\n\x0b\x65xport_keys\x18\x05 \x01(\x0b\x32\x13.mesh.v1.ExportKeysH\x00\x12*\n\x0brecall_keys\x18\x06 \x01(\x0b\x32\x13.mesh.v1.RecallKeysH\x00\x42\x06\n\x04\x62ody\"+\n\x06Retire\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x12\n\nbelow_slot\x18\x02 \x01(\x04\"\xca\x01\n\nKeyDeposit\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x15\n\rslave_sae_ids\x18\x02 \x03(\t\x12 \n\x04keys\x18\x03 \x03(\x0b\x32\x12.mesh.v1.StoredKey\x12\x14\n\x0c\x65xpires_at_s\x18\x04 \x01(\x04\x12\x18\n\x10origin_domain_id\x18\x05 \x01(\t\x12\r\n\x05grade\x18\x06 \x01(\t\x12\x11\n\tgive_up_s\x18\x07 \x01(\x01\x12\x1a\n\x12\x65xtension_optional\x18\x08 \x01(\x0c\"=\n\tStoredKey\x12\x0e\n\x06key_id\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x11\n\textension\x18\x03 \x01(\x0c\"C\n\x08VoidKeys\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x0f\n\x07key_ids\x18\x02 \x03(\x0c\x12\x0f\n\x07reports\x18\x03 \x01(\x08\"]\n\nExportKeys\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x14\n\x0cslave_sae_id\x18\x02 \x01(\t\x12\x0f\n\x07key_ids\x18\x03 \x03(\x0c\x12\x11\n\tgive_up_s\x18\x04 \x01(\x01\"4\n\nRecallKeys\x12\x15\n\rmaster_sae_id\x18\x01 \x01(\t\x12\x0f\n\x07key_ids\x18\x02 \x03(\x0c\"*\n\tOpenEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"}\n\x0cSealedAnswer\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x0c\x12\x0e\n\x06proven\x18\x04 \x01(\x08\x12\x0f\n\x07lineage\x18\x05 \x01(\x0c\x12\x16\n\x0e\x66\x61iled_key_ids\x18\x06 \x03(\x0c\x32\x83\x02\n\x04Peer\x12<\n\x07\x43onfirm\x12\x17.mesh.v1.ConfirmRequest\x1a\x18.mesh.v1.ConfirmResponse\x12@\n\rQueryTransfer\x12\x16.mesh.v1.TransferQuery\x1a\x17.mesh.v1.TransferAnswer\x12<\n\x07\x44\x65posit\x12\x17.mesh.v1.DepositRequest\x1a\x18.mesh.v1.DepositResponse\x12=\n\x0cReportRoutes\x12\x14.mesh.v1.RouteReport\x1a\x17.mesh.v1.RouteReportAckb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,35 +40,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSFERQUERY']._serialized_start=211
   _globals['_TRANSFERQUERY']._serialized_end=278
   _globals['_TRANSFERANSWER']._serialized_start=281
-  _globals['_TRANSFERANSWER']._serialized_end=533
-  _globals['_TRANSFERANSWER_STATE']._serialized_start=450
-  _globals['_TRANSFERANSWER_STATE']._serialized_end=533
-  _globals['_ROUTEREPORT']._serialized_start=536
-  _globals['_ROUTEREPORT']._serialized_end=693
-  _globals['_ROUTEREPORTACK']._serialized_start=695
-  _globals['_ROUTEREPORTACK']._serialized_end=711
-  _globals['_DEPOSITREQUEST']._serialized_start=714
-  _globals['_DEPOSITREQUEST']._serialized_end=925
-  _globals['_DEPOSITRESPONSE']._serialized_start=927
-  _globals['_DEPOSITRESPONSE']._serialized_end=993
-  _globals['_SEALEDMESSAGE']._serialized_start=996
-  _globals['_SEALEDMESSAGE']._serialized_end=1261
-  _globals['_RETIRE']._serialized_start=1263
-  _globals['_RETIRE']._serialized_end=1306
-  _globals['_KEYDEPOSIT']._serialized_start=1309
-  _globals['_KEYDEPOSIT']._serialized_end=1511
-  _globals['_STOREDKEY']._serialized_start=1513
-  _globals['_STOREDKEY']._serialized_end=1574
-  _globals['_VOIDKEYS']._serialized_start=1576
-  _globals['_VOIDKEYS']._serialized_end=1643
-  _globals['_EXPORTKEYS']._serialized_start=1645
-  _globals['_EXPORTKEYS']._serialized_end=1738
-  _globals['_RECALLKEYS']._serialized_start=1740
-  _globals['_RECALLKEYS']._serialized_end=1792
-  _globals['_OPENEPOCH']._serialized_start=1794
-  _globals['_OPENEPOCH']._serialized_end=1836
-  _globals['_SEALEDANSWER']._serialized_start=1838
-  _globals['_SEALEDANSWER']._serialized_end=1963
-  _globals['_PEER']._serialized_start=1966
-  _globals['_PEER']._serialized_end=2225
+  _globals['_TRANSFERANSWER']._serialized_end=556
+  _globals['_TRANSFERANSWER_STATE']._serialized_start=473
+  _globals['_TRANSFERANSWER_STATE']._serialized_end=556
+  _globals['_ROUTEREPORT']._serialized_start=559
+  _globals['_ROUTEREPORT']._serialized_end=716
+  _globals['_ROUTEREPORTACK']._serialized_start=718
+  _globals['_ROUTEREPORTACK']._serialized_end=734
+  _globals['_DEPOSITREQUEST']._serialized_start=737
+  _globals['_DEPOSITREQUEST']._serialized_end=948
+  _globals['_DEPOSITRESPONSE']._serialized_start=950
+  _globals['_DEPOSITRESPONSE']._serialized_end=1016
+  _globals['_SEALEDMESSAGE']._serialized_start=1019
+  _globals['_SEALEDMESSAGE']._serialized_end=1284
+  _globals['_RETIRE']._serialized_start=1286
+  _globals['_RETIRE']._serialized_end=1329
+  _globals['_KEYDEPOSIT']._serialized_start=1332
+  _globals['_KEYDEPOSIT']._serialized_end=1534
+  _globals['_STOREDKEY']._serialized_start=1536
+  _globals['_STOREDKEY']._serialized_end=1597
+  _globals['_VOIDKEYS']._serialized_start=1599
+  _globals['_VOIDKEYS']._serialized_end=1666
+  _globals['_EXPORTKEYS']._serialized_start=1668
+  _globals['_EXPORTKEYS']._serialized_end=1761
+  _globals['_RECALLKEYS']._serialized_start=1763
+  _globals['_RECALLKEYS']._serialized_end=1815
+  _globals['_OPENEPOCH']._serialized_start=1817
+  _globals['_OPENEPOCH']._serialized_end=1859
+  _globals['_SEALEDANSWER']._serialized_start=1861
+  _globals['_SEALEDANSWER']._serialized_end=1986
+  _globals['_PEER']._serialized_start=1989
+  _globals['_PEER']._serialized_end=2248
 # @@protoc_insertion_point(module_scope)

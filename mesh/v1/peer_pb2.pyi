@@ -153,12 +153,19 @@ class TransferAnswer(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     HIGHEST_EPOCH_FIELD_NUMBER: _builtins.int
     ARRIVED_ROUTES_FIELD_NUMBER: _builtins.int
+    REFUSED_LINKS_FIELD_NUMBER: _builtins.int
     state: Global___TransferAnswer.State.ValueType
     reason: _builtins.str
-    """With REFUSED: a name of mesh.errors.ErrorReason; unauthenticated."""
+    """With REFUSED or refused_links: a name of mesh.errors.ErrorReason;
+    unauthenticated.
+    """
     highest_epoch: _builtins.int
     """With REFUSED: highest epoch of this source that the target knows. Not
     authenticated: a source that skips to it skips a bounded number.
+    """
+    refused_links: _builtins.int
+    """With UNKNOWN or PENDING: links over which a share of it was refused. The
+    source gives up once fewer than k of those it sent can still count.
     """
     @_builtins.property
     def confirm(self) -> Global___ConfirmRequest:
@@ -176,10 +183,11 @@ class TransferAnswer(_message.Message):
         reason: _builtins.str = ...,
         highest_epoch: _builtins.int = ...,
         arrived_routes: _abc.Iterable[_builtins.int] | None = ...,
+        refused_links: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["confirm", b"confirm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_routes", b"arrived_routes", "confirm", b"confirm", "highest_epoch", b"highest_epoch", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_routes", b"arrived_routes", "confirm", b"confirm", "highest_epoch", b"highest_epoch", "reason", b"reason", "refused_links", b"refused_links", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

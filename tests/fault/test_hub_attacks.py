@@ -7,6 +7,7 @@ is pending is bounded.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mesh.core.keyid import parse
 from mesh.core.network import Grade
 from mesh.core.transfer import SLOT_BYTES, SlotKind, TransferHeader, TransferId
 from mesh.errors import ErrorReason, MeshError
@@ -144,6 +146,63 @@ async def test_a_wrong_header_cannot_spoil_the_honest_shares(net: KeyNetwork) ->
         await settle(net)
         assert appended(net, "kme-z") == 0
     assert "culprits" not in alarms(net, "kme-z")
+
+
+@pytest.mark.parametrize("grade", ["dske(3,3)", "dske(2,3)"], ids=["refused", "pending"])
+async def test_a_wrong_header_that_comes_first_cannot_end_the_transfer(net: KeyNetwork, grade: str) -> None:
+    """Asked before the honest shares are there, the target does not take one share's word for all."""
+    loop = asyncio.get_running_loop()
+    changes = {"grade": Grade.parse(grade), "kind": SlotKind.SEALED}
+
+    def meddle(sender: str, receiver: str, shares: Delivery) -> Delivery | None:
+        if receiver != "kme-z":
+            return shares
+        if sender == "hub-1":
+            return [(relabelled(item, **changes), value) for item, value in shares]
+        loop.call_later(0.7, lambda: net.wire.inject(sender, receiver, shares))
+        return None
+
+    net.wire.meddle = meddle
+    await key(net)
+    assert "query" in [kind for kind, *_ in net.calls]
+
+
+async def test_a_wrong_header_cannot_hide_what_was_appended(net: KeyNetwork) -> None:
+    """The confirm is lost and the source asks; the liar's group still waits for a second share."""
+    await key(net)
+    net.on_call = lambda kind, *_: kind != "confirm"
+
+    def meddle(sender: str, receiver: str, shares: Delivery) -> Delivery:
+        if (sender, receiver) != ("hub-1", "kme-z"):
+            return shares
+        return [(relabelled(item, kind=SlotKind.SEALED), value) for item, value in shares]
+
+    net.wire.meddle = meddle
+    async with asyncio.timeout(5):
+        await key(net)
+
+
+async def test_k_of_1_a_replay_during_the_append_costs_no_epoch(tmp_path: Path) -> None:
+    """Every share verifies by itself, also one that comes again when all have been and are forgotten."""
+    pair = {"between": ["kme-a", "kme-z"], "grade": "dske(1,3)", "hubs": list(HUBS)}
+    network = KeyNetwork(tmp_path, {**DIAMOND, "grades": {"pairs": [pair]}})
+    await network.start()
+    try:
+        await network.get("sae-a", "sae-z")
+        commit = network.store("kme-z").commit
+
+        async def slow(change: Any) -> Any:
+            await asyncio.sleep(0.8)  # the source asks meanwhile
+            return await commit(change)
+
+        network.store("kme-z").commit = slow  # type: ignore[method-assign]
+        network.wire.meddle = lambda _sender, _receiver, shares: [*shares, *shares]
+        drawn = await network.get("sae-a", "sae-z")
+        address = parse(drawn.keys[0][0])
+        assert address is not None
+        assert address.epoch == 0
+    finally:
+        await network.stop()
 
 
 async def test_another_tag_cannot_spoil_the_honest_shares(net: KeyNetwork) -> None:

@@ -126,7 +126,7 @@ def test_without_a_fit_all_are_suspects() -> None:
     assert [feed.lie(route) for route in range(3)] == [
         [],
         [],
-        [Failed(HEADER), feed.named(Verdict.SUSPECTED, 0, 1, 2)],
+        [Failed(HEADER, feed.tag), feed.named(Verdict.SUSPECTED, 0, 1, 2)],
     ]
 
 
@@ -205,7 +205,7 @@ def test_waiting_ends_and_names_only_with_k_shares() -> None:
     assert into.expire(9.0) == []
     # One share alone may be an invention of its hub's: nobody else was silent then.
     assert into.expire(10.0) == [
-        Failed(two.header),
+        Failed(two.header, two.tag),
         two.named(Verdict.SUSPECTED, 0, 1),
         two.named(Verdict.SILENT, 2),
         three.named(Verdict.SILENT, 2),
@@ -229,4 +229,4 @@ def test_single_route_needs_no_waiting() -> None:
     header = replace(HEADER, grade=Grade(), routes=ROUTES[:1], attachment=b"")
     feed = Feed(collector(), header)
     assert feed.add(0) == [feed.verified]
-    assert feed.lie(0) == [Failed(header), feed.named(Verdict.SUSPECTED, 0)]
+    assert feed.lie(0) == [Failed(header, feed.tag), feed.named(Verdict.SUSPECTED, 0)]
