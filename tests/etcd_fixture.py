@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 from mesh.directory.etcd import EtcdClient, EtcdTls
 from mesh.directory.etcd_setup import node_user, operator_user, set_up_auth
 from mesh.errors import MeshError
+from mesh.lab.ground import free_ports
 from mesh.pki.authority import Pki
 
 DOMAIN = "toronto"
@@ -49,7 +49,7 @@ class EtcdCluster:
     def __init__(self, root: Path, *, size: int, options: tuple[str, ...]) -> None:
         self.root = root
         self.pki = Pki.create(DOMAIN)
-        ports = _free_ports(2 * size)
+        ports = list(free_ports(2 * size))
         self.members = [Member(f"etcd-{i + 1}", ports[2 * i], ports[2 * i + 1]) for i in range(size)]
         credential = self.pki.etcd_client("tests")
         self.tls = EtcdTls(self.pki.roots["etcd"].pem, credential.cert_pem, credential.key_pem)
@@ -66,7 +66,7 @@ class EtcdCluster:
         user: str | None,
         *,
         endpoints: list[str] | None = None,
-        timeout_s: float = 2.0,
+        timeout_s: float = 10.0,
         heartbeat_s: float = 0.5,
     ) -> EtcdClient:
         """A client as a KME id, as ``OPERATOR``, as ``root``, or without a user."""
@@ -153,6 +153,8 @@ class EtcdCluster:
             f"--peer-key-file={files.key}",
             "--log-level=warn",
             "--unsafe-no-fsync",
+            # Several members on a busy machine: none may take another's pause for its death.
+            *(("--heartbeat-interval=200", "--election-timeout=2000") if len(self.members) > 1 else ()),
             *options,
         ]
 
@@ -181,14 +183,3 @@ async def eventually(predicate: Callable[[], bool], within_s: float = 40.0) -> N
     async with asyncio.timeout(within_s):
         while not predicate():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.02)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
-    finally:
-        for sock in sockets:
-            sock.close()

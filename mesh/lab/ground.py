@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import shutil
 import socket
 import sys
@@ -12,23 +14,44 @@ from pathlib import Path
 from mesh.errors import ConfigError, ErrorReason, UnavailableError
 from mesh.lab.state import OWN_ENTRIES, LabDirectory
 
-_FIRST_PORT, _LAST_PORT = 20_000, 32_000
+PORTS_VARIABLE = "KEYMESH_LAB_PORTS"
+_PORTS = range(20_000, 32_000)
+_handed_out: set[int] = set()
+
+
+def lab_ports() -> range:
+    """The ports that this process may take: those that ``KEYMESH_LAB_PORTS`` (``first-last``) names.
+
+    By default they are below the range that the system gives to outgoing connections.
+
+    Raises:
+        ConfigError: the variable holds something else.
+    """
+    text = os.environ.get(PORTS_VARIABLE)
+    if text is None:
+        return _PORTS
+    found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text)
+    if found is None or not 0 < (first := int(found[1])) <= (last := int(found[2])) < 1 << 16:
+        raise ConfigError(f"{PORTS_VARIABLE} is {text!r}: give the first and the last port, like 20000-25999")
+    return range(first, last + 1)
 
 
 def free_ports(count: int) -> Iterator[int]:
-    """Find free loopback ports below the range that the system gives to outgoing connections.
+    """Find free loopback ports among ``lab_ports``.
 
     A restarted process takes its old port again, so a port must not be one that any
-    client socket may occupy in between.
+    client socket may occupy in between. What this process was given before comes last: it may
+    not be bound yet.
 
     Raises:
+        ConfigError: as ``lab_ports``.
         UnavailableError: there are not enough.
     """
-    candidates = random.sample(range(_FIRST_PORT, _LAST_PORT), _LAST_PORT - _FIRST_PORT)
+    ports = lab_ports()
     found: list[int] = []
-    for port in candidates:
+    for port in sorted(random.sample(ports, len(ports)), key=_handed_out.__contains__):
         if len(found) == count:
-            return iter(found)
+            break
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -36,7 +59,10 @@ def free_ports(count: int) -> Iterator[int]:
             except OSError:
                 continue
         found.append(port)
-    raise UnavailableError(f"no {count} free ports between {_FIRST_PORT} and {_LAST_PORT}")
+    if len(found) < count:
+        raise UnavailableError(f"no {count} free ports between {ports[0]} and {ports[-1]}")
+    _handed_out.update(found)
+    return iter(found)
 
 
 def find_etcd() -> Path:

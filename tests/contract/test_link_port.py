@@ -32,7 +32,7 @@ class Joined:
         return self.plane.links["kme-b"]
 
     async def until_arrived(self, count: int) -> list[tuple[ShareItem, bytes]]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(self.arrived.got) < count:
                 self.arrived.wake.clear()
                 await self.arrived.wake.wait()
@@ -78,7 +78,7 @@ async def joined(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 async def test_a_claim_burns_its_bytes_and_the_tag_key_and_send_delivers_in_order(joined: Joined) -> None:
     link = joined.link
-    await link.ready(300, timeout_s=5)
+    await link.ready(300, timeout_s=30)
     assert link.claimable() >= 300
     before = joined.position()
     claim = link.claim(100, 200)
@@ -96,7 +96,7 @@ async def test_offsets_only_grow_and_claims_differ(joined: Joined) -> None:
     pads = []
     stop = 0
     for _ in range(5):
-        await link.ready(64, timeout_s=5)
+        await link.ready(64, timeout_s=30)
         claim = link.claim(64, 0)
         assert claim.offset >= stop
         stop = claim.offset + len(claim.pad)
@@ -120,7 +120,7 @@ async def test_more_than_claimable_is_a_shortage_and_burns_nothing(joined: Joine
 
 async def test_a_frame_that_does_not_fit_its_claim_is_refused_and_stays_burnt(joined: Joined) -> None:
     link = joined.link
-    await link.ready(100, timeout_s=5)
+    await link.ready(100, timeout_s=30)
     before = joined.position()
     short = link.claim(0, 100)
     with pytest.raises(CallerError):
@@ -136,7 +136,7 @@ async def test_a_frame_that_does_not_fit_its_claim_is_refused_and_stays_burnt(jo
 
 async def test_what_is_queued_arrives_and_local_bytes_do_not(joined: Joined) -> None:
     link = joined.link
-    await link.ready(64, timeout_s=5)
+    await link.ready(64, timeout_s=30)
     local = link.take_local(64)
     assert len(local) == 64
     link.enqueue(share_of(40), bytes(40))

@@ -21,7 +21,7 @@ from mesh.node.border.ports import Ack, Arrival
 from mesh.node.border.posts import status_from_proto
 from mesh.node.border.routing import Refused
 from mesh.v1.border_pb2 import LeasedJob
-from tests.fakes.key_network import NO_PREFILL, Clock, KeyNetwork
+from tests.fakes.key_network import HASTY, Clock, KeyNetwork
 
 CAN_URL, UK_URL, THIRD_URL = "https://can-z.test", "https://uk-x.test", "https://third.test"
 
@@ -181,12 +181,12 @@ class TwoDomains:
     ) -> None:
         for name in ("can", "uk"):
             (root / name).mkdir(parents=True, exist_ok=True)
-        self.can = KeyNetwork(root / "can", can_document())
-        self.uk = KeyNetwork(root / "uk", uk_document())
+        self.can = KeyNetwork(root / "can", can_document(), config=HASTY)
+        self.uk = KeyNetwork(root / "uk", uk_document(), config=HASTY)
         self.can.clock = self.uk.clock = RealClock()
-        self.can.configs["can-z"] = replace(NO_PREFILL, border=can_border(**(can_changes or {})))
-        self.can.configs["can-x"] = replace(NO_PREFILL, buffers=tuple(buffers))
-        self.uk.configs["uk-x"] = replace(NO_PREFILL, border=uk_border(**(uk_changes or {})))
+        self.can.configs["can-z"] = replace(HASTY, border=can_border(**(can_changes or {})))
+        self.can.configs["can-x"] = replace(HASTY, buffers=tuple(buffers))
+        self.uk.configs["uk-x"] = replace(HASTY, border=uk_border(**(uk_changes or {})))
         self.couriers: dict[str, Courier] = {}
         #: (sender, job) -> an answer instead of the peer's, or None to let it through.
         self.meddle: Callable[[str, LeasedJob], Awaitable[int | None] | None] = lambda *_: None

@@ -157,7 +157,7 @@ class HubNetwork:
 
     async def until_open(self, *ids: str) -> None:
         """Wait until every link of those named, or of all, is open and the routes know it."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not all(self.is_open(one) for one in ids or tuple(self.running)):  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.02)
         for one in NODES:

@@ -35,9 +35,10 @@ from mesh.v1.peer_pb2 import (
 from tests.fakes.link_wire import FakeLinks, Silent, Wire
 
 NO_PREFILL = KeyPlaneConfig(
-    access=AccessTable.open(), prefill=False, high_water_bytes=0, low_water_bytes=0, request_timeout_s=3.0
+    access=AccessTable.open(), prefill=False, high_water_bytes=0, low_water_bytes=0, request_timeout_s=20.0
 )
-
+#: For requests whose time must run out.
+HASTY = replace(NO_PREFILL, request_timeout_s=3.0)
 
 REFILLED = replace(
     NO_PREFILL, prefill=True, high_water_bytes=16 * 1024, low_water_bytes=12 * 1024, lane_floor_bytes=4096
@@ -59,7 +60,7 @@ LINE: dict[str, Any] = {
 }
 
 
-async def until(reached: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
+async def until(reached: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
     """Waits for the background to get somewhere."""
     async with asyncio.timeout(timeout_s):
         while not reached():  # noqa: ASYNC110 - what is awaited has no event

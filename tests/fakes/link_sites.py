@@ -199,6 +199,7 @@ class Site:
         proof: folder on tmpfs for the proof of a restart.
         pool: pool cap in bytes.
         uses: kept across restarts to check that no byte is used twice.
+        open_timeout_s: given to a stream for its hellos. A second stream costs a hello, which tests count.
     """
 
     def __init__(
@@ -213,6 +214,7 @@ class Site:
         pool: int = 1 << 20,
         uses: Uses | None = None,
         document: Document | None = None,
+        open_timeout_s: float = 20.0,
     ) -> None:
         self.name = name
         self.peer = peer
@@ -235,7 +237,7 @@ class Site:
                     pool_max_bytes=pool,
                     redial_min_s=0.02,
                     redial_max_s=0.1,
-                    open_timeout_s=2.0,
+                    open_timeout_s=open_timeout_s,
                     ingest=FAST_INGEST,
                 )
             ],
@@ -257,7 +259,7 @@ class Site:
         await self.plane.stop()
         self.store.close()
 
-    async def until(self, check: Callable[[], bool], timeout_s: float = 8.0) -> None:
+    async def until(self, check: Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Wait for a condition."""
         async with asyncio.timeout(timeout_s):
             while not check():  # noqa: ASYNC110 - conditions are anything a test can see
@@ -390,6 +392,7 @@ class Pair:
     devices: DevicePair = field(default_factory=DevicePair)
     pool: int = 1 << 20
     proof: Path | None = None
+    open_timeout_s: float = 20.0
     uses_a: Uses = field(default_factory=Uses)
     uses_b: Uses = field(default_factory=Uses)
     a: Site = field(init=False)
@@ -406,6 +409,7 @@ class Pair:
             proof=self.proof,
             pool=self.pool,
             uses=self.uses_a,
+            open_timeout_s=self.open_timeout_s,
         )
 
     def make_b(self) -> Site:
@@ -419,6 +423,7 @@ class Pair:
             proof=self.proof,
             pool=self.pool,
             uses=self.uses_b,
+            open_timeout_s=self.open_timeout_s,
         )
         self.wire.acceptor = site
         return site
@@ -460,7 +465,7 @@ def share_of(length: int, *, is_raw: bool = False, header: bytes = b"header") ->
     return ShareItem(header=header, tag=bytes(16), length_bytes=length, is_raw=is_raw)
 
 
-async def send_share(site: Site, value: bytes, *, timeout_s: float = 5.0) -> None:
+async def send_share(site: Site, value: bytes, *, timeout_s: float = 30.0) -> None:
     """Send one encrypted share as the key plane would."""
     await site.link.ready(len(value), timeout_s=timeout_s)
     claim = site.link.claim(0, len(value))

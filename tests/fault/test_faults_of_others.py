@@ -20,7 +20,7 @@ from mesh.core.keyid import parse
 from mesh.errors import ConfigError, MeshError
 from tests.conformance.wire import Wire, client_context
 from tests.fakes.gateway_site import GatewayThread
-from tests.fakes.key_network import LINE, KeyNetwork
+from tests.fakes.key_network import HASTY, LINE, KeyNetwork
 from tests.fakes.key_service import FakeNetwork
 from tests.fakes.link_sites import DevicePair, Pair, send_share
 from tests.fault.test_key_attacks import DIAMOND
@@ -73,7 +73,7 @@ async def test_good_frames_are_never_refused_however_many_are_under_way(tmp_path
     async with asyncio.timeout(60):
         await asyncio.gather(flood(True), flood(False))
         for site in (pair.a, pair.b):
-            await site.until(lambda site=site: len(site.shares.got) == count, timeout_s=20)  # type: ignore[misc]
+            await site.until(lambda site=site: len(site.shares.got) == count)  # type: ignore[misc]
     for site in (pair.a, pair.b):
         numbers = [int.from_bytes(value[:4], "big") for _, _, value in site.shares.got]
         assert all(before < after for before, after in pairwise(numbers))
@@ -102,7 +102,7 @@ async def test_a_forged_request_empties_nothing(line: KeyNetwork) -> None:
 
 async def test_shares_of_transfers_that_never_complete_do_not_stay(tmp_path: Path) -> None:
     """Elsewhere shares were kept for ever."""
-    network = KeyNetwork(tmp_path, DIAMOND)
+    network = KeyNetwork(tmp_path, DIAMOND, config=HASTY)
     await network.start()
     try:
         network.wire.meddle = lambda _a, b, shares: None if b in ("hub-2", "hub-3") else shares

@@ -21,7 +21,7 @@ from mesh.core.network import Grade
 from mesh.core.transfer import SLOT_BYTES, SlotKind, TransferHeader, TransferId
 from mesh.errors import ErrorReason, MeshError
 from mesh.v1.link_pb2 import ShareItem
-from tests.fakes.key_network import KeyNetwork, until
+from tests.fakes.key_network import HASTY, NO_PREFILL, KeyNetwork, until
 from tests.fakes.link_wire import Delivery
 from tests.fault.test_key_attacks import DIAMOND, alarms, appended, flip, invented, settle
 
@@ -31,9 +31,9 @@ GRADE = Grade.parse("dske(2,3)")
 
 
 @pytest.fixture
-async def net(tmp_path: Path) -> AsyncIterator[KeyNetwork]:
+async def net(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[KeyNetwork]:
     """a and z over three hubs, (2,3)."""
-    network = KeyNetwork(tmp_path, DIAMOND)
+    network = KeyNetwork(tmp_path, DIAMOND, config=getattr(request, "param", NO_PREFILL))
     await network.start()
     yield network
     await network.stop()
@@ -266,6 +266,7 @@ async def test_frames_held_back_cost_no_key_and_are_named_as_silence(net: KeyNet
     await key(net)
 
 
+@pytest.mark.parametrize("net", [HASTY], indirect=True)
 async def test_two_hubs_that_hold_back_are_a_shortage_and_their_stale_shares_no_key(net: KeyNetwork) -> None:
     """Fewer than k came: the slots are forfeited. All shares come later, and nothing is drawn."""
     kept: list[tuple[str, Delivery]] = []

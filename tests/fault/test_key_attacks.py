@@ -37,7 +37,7 @@ from mesh.v1.peer_pb2 import (
     StoredKey,
     VoidKeys,
 )
-from tests.fakes.key_network import LINE, KeyNetwork, until
+from tests.fakes.key_network import HASTY, LINE, NO_PREFILL, KeyNetwork, until
 from tests.fakes.link_wire import Delivery
 
 DIAMOND: dict[str, Any] = {
@@ -61,9 +61,9 @@ DIAMOND: dict[str, Any] = {
 
 
 @pytest.fixture
-async def line(tmp_path: Path) -> AsyncIterator[KeyNetwork]:
+async def line(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[KeyNetwork]:
     """a - b - c, trusted relay."""
-    network = KeyNetwork(tmp_path, LINE)
+    network = KeyNetwork(tmp_path, LINE, config=getattr(request, "param", NO_PREFILL))
     await network.start()
     yield network
     await network.stop()
@@ -266,6 +266,7 @@ async def test_3_8_a_relay_flips_a_bit_and_the_secret_is_never_used(line: KeyNet
     assert (await line.redeem("sae-c", "sae-a", [drawn.keys[0][0]])).keys == drawn.keys
 
 
+@pytest.mark.parametrize("line", [HASTY], indirect=True)
 async def test_3_2_a_relay_changes_the_tag_or_the_header(line: KeyNetwork) -> None:
     def change_tag(a: str, b: str, shares: Delivery) -> Delivery:
         for item, _ in shares if (a, b) == ("kme-b", "kme-c") else ():
@@ -289,6 +290,7 @@ async def test_3_2_a_relay_changes_the_tag_or_the_header(line: KeyNetwork) -> No
 # -- 3.5: no append overlaps anything --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("line", [HASTY], indirect=True)
 async def test_3_5_a_late_frame_of_a_crashed_transfer_changes_nothing(line: KeyNetwork) -> None:
     held: list[tuple[str, str, Delivery]] = []
 
@@ -364,6 +366,7 @@ def queries(network: KeyNetwork) -> list[Any]:
     return [message for kind, _, _, message in network.calls if kind == "query"]
 
 
+@pytest.mark.parametrize("line", [HASTY], indirect=True)
 async def test_3_6_a_confirm_after_the_forfeit_is_ignored(line: KeyNetwork) -> None:
     await line.get("sae-a", "sae-c")
     line.on_call = lambda kind, *_: kind not in ("confirm", "query")
@@ -465,13 +468,13 @@ def deposit_of(master: str, slave: str) -> SealedMessage:
 
 async def test_4_8_a_deposit_in_the_name_of_anothers_master_is_refused(line: KeyNetwork) -> None:
     await line.get("sae-b", "sae-c")
-    answer = await line.plane("kme-b").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=3)
+    answer = await line.plane("kme-b").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=30)
     assert (answer.applied, answer.reason) == (False, ErrorReason.NOT_AUTHORIZED)
     void = SealedMessage(void_keys=VoidKeys(master_sae_id="sae-a", key_ids=[os.urandom(16)]))
-    answer = await line.plane("kme-b").jobs.send("kme-c", void, timeout_s=3)
+    answer = await line.plane("kme-b").jobs.send("kme-c", void, timeout_s=30)
     assert not answer.applied
     assert line.store("kme-c").read(lambda tables: tables.keystore.count_held()) == 0
-    answer = await line.plane("kme-b").jobs.send("kme-c", deposit_of("sae-b", "sae-c"), timeout_s=3)
+    answer = await line.plane("kme-b").jobs.send("kme-c", deposit_of("sae-b", "sae-c"), timeout_s=30)
     assert answer.applied
 
 
@@ -479,7 +482,7 @@ async def test_4_8_a_replayed_deposit_gets_the_same_answer_and_applies_once(line
     # The job stays open while its answer is withheld: each copy must be answered with the same bytes.
     line.on_call = lambda kind, *_: kind != "deposit-answer"
     message = deposit_of("sae-a", "sae-c")
-    sending = asyncio.create_task(line.plane("kme-a").jobs.send("kme-c", message, timeout_s=5))
+    sending = asyncio.create_task(line.plane("kme-a").jobs.send("kme-c", message, timeout_s=30))
     await until(lambda: sum(kind == "deposit-answer" for kind, *_ in line.calls) >= 2)
     request = next(one for kind, _, _, one in line.calls if kind == "deposit")
     answers = {one.SerializeToString() for kind, _, _, one in line.calls if kind == "deposit-answer"}
@@ -493,7 +496,7 @@ async def test_4_8_a_replayed_deposit_gets_the_same_answer_and_applies_once(line
 
 
 async def test_4_8_a_forged_deposit_moves_nothing(line: KeyNetwork) -> None:
-    await line.plane("kme-a").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=3)
+    await line.plane("kme-a").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=30)
     genuine = next(one for kind, _, _, one in line.calls if kind == "deposit")
     book = line.plane("kme-c").reserves.inbound("kme-a", 0)
     assert book is not None
@@ -506,12 +509,12 @@ async def test_4_8_a_forged_deposit_moves_nothing(line: KeyNetwork) -> None:
         await line.plane("kme-c").deposits.on_deposit(forged)
     # The forged message named slots that are still unused: they stay usable.
     assert book.slots.held_sealed_slots == held
-    answer = await line.plane("kme-a").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=3)
+    answer = await line.plane("kme-a").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=30)
     assert answer.applied
 
 
 async def test_4_1_a_key_id_never_addresses_sealed_slots(line: KeyNetwork) -> None:
-    await line.plane("kme-a").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=3)
+    await line.plane("kme-a").jobs.send("kme-c", deposit_of("sae-a", "sae-c"), timeout_s=30)
     request = next(one for kind, _, _, one in line.calls if kind == "deposit")
     from mesh.core.keyid import KeyAddress, issue
 
@@ -548,9 +551,9 @@ async def test_5_1_a_corrupt_kme_draws_in_anothers_name(line: KeyNetwork) -> Non
     book = line.plane("kme-b").reserves.outbound["kme-c"]
     first = await book.assign(1, SlotKind.KEYS, draws=True)
     book.forfeit(first)
-    await line.plane("kme-b").supply.draw("kme-c", "sae-b", "sae-c", 1, 32, timeout_s=3, request_id="")
+    await line.plane("kme-b").supply.draw("kme-c", "sae-b", "sae-c", 1, 32, timeout_s=30, request_id="")
     forged, _ = await line.plane("kme-b").supply.draw(
-        "kme-c", "sae-a", "sae-c", 1, 32, timeout_s=3, request_id=""
+        "kme-c", "sae-a", "sae-c", 1, 32, timeout_s=30, request_id=""
     )
     with pytest.raises(NotAuthorizedError):
         await line.redeem("sae-c", "sae-a", [forged[0][0]])

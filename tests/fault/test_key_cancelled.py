@@ -19,13 +19,13 @@ from mesh.core.reserve import Held
 from mesh.errors import CallerError, ErrorReason, UnavailableError
 from mesh.store.store import Store
 from mesh.v1.peer_pb2 import DepositRequest, SealedMessage, VoidKeys
-from tests.fakes.key_network import LINE, KeyNetwork, until
+from tests.fakes.key_network import HASTY, LINE, NO_PREFILL, KeyNetwork, until
 
 
 @pytest.fixture
-async def line(tmp_path: Path) -> AsyncIterator[KeyNetwork]:
+async def line(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[KeyNetwork]:
     """a - b - c with empty reserves."""
-    network = KeyNetwork(tmp_path, LINE)
+    network = KeyNetwork(tmp_path, LINE, config=getattr(request, "param", NO_PREFILL))
     await network.start()
     yield network
     await network.stop()
@@ -112,7 +112,7 @@ async def test_a_sealed_message_is_answered_from_its_result_after_a_cut_call(lin
     await line.get("sae-a", "sae-c")
     line.on_call = lambda kind, *_: kind != "deposit"
     message = SealedMessage(void_keys=VoidKeys(master_sae_id="sae-a", key_ids=[bytes(16)]))
-    await line.plane("kme-a").jobs.submit("kme-c", message, timeout_s=3.0)
+    await line.plane("kme-a").jobs.submit("kme-c", message, timeout_s=30.0)
     await until(lambda: any(kind == "deposit" for kind, *_ in line.calls))
     request = next(one for kind, _, _, one in line.calls if kind == "deposit")
     assert isinstance(request, DepositRequest)
@@ -130,9 +130,9 @@ async def test_a_job_on_disk_is_sent_although_its_caller_gave_up(line: KeyNetwor
     await line.get("sae-a", "sae-c")
     jobs, store = line.plane("kme-a").jobs, line.store("kme-a")
     message = SealedMessage(void_keys=VoidKeys(master_sae_id="sae-a", key_ids=[bytes(16)]))
-    await jobs.send("kme-c", message, timeout_s=3.0)
+    await jobs.send("kme-c", message, timeout_s=30.0)
     await store.drain()
-    await cancel_in_commit(store, jobs.submit("kme-c", message, timeout_s=3.0))
+    await cancel_in_commit(store, jobs.submit("kme-c", message, timeout_s=30.0))
     await until(lambda: sum(kind == "deposit-answer" for kind, *_ in line.calls) == 2)
     await until(lambda: jobs.open_jobs("kme-c") == 0)
     assert store.read(lambda tables: tables.jobs.list()) == []
@@ -158,6 +158,7 @@ async def test_marks_that_moved_for_a_caller_that_gave_up_do_not_stop_the_next(l
     assert row.assign_mark >= book.slots.assign_mark
 
 
+@pytest.mark.parametrize("line", [HASTY], indirect=True)
 async def test_keys_for_several_slaves_are_voided_although_the_master_gave_up(line: KeyNetwork) -> None:
     await line.get("sae-a", "sae-c")
     await line.get("sae-a", "sae-b")
@@ -168,6 +169,4 @@ async def test_keys_for_several_slaves_are_voided_although_the_master_gave_up(li
     with pytest.raises(asyncio.CancelledError):
         await asking
     assert line.store("kme-b").read(lambda tables: tables.keystore.count_held()) == 1
-    await until(
-        lambda: line.store("kme-b").read(lambda tables: tables.keystore.count_held()) == 0, timeout_s=8
-    )
+    await until(lambda: line.store("kme-b").read(lambda tables: tables.keystore.count_held()) == 0)

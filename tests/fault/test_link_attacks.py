@@ -274,6 +274,7 @@ async def test_a_reader_ahead_of_its_writer_keeps_what_the_next_hello_needs(pair
     await pair.restart_b()
     spent = pair.uses_a.spent("hello")
     pair.wire.tamper = honest
+    pair.wire.cut()
     await pair.until_open()
     assert pair.uses_a.spent("hello") - spent <= 10 * HELLO
     await send_share(pair.a, b"past what was forfeited")
@@ -724,11 +725,12 @@ def test_raw_shares_are_covered_by_the_tag() -> None:
 
 async def test_a_stream_without_hello_is_given_up(pair: Pair) -> None:
     """1.8: a peer that greets and goes silent holds nothing for ever."""
+    pair.open_timeout_s = 2.0
     await pair.start()
     await quiet(pair)
     pair.wire.tamper = only(FrameKind.HELLO, from_dialler=False, act=lambda stream, data: [])
     pair.wire.cut()
-    await pair.a.until(lambda: "did not come in time" in pair.a.link.last_error, timeout_s=6)
+    await pair.a.until(lambda: "did not come in time" in pair.a.link.last_error)
     with pytest.raises(UnavailableError):
         await pair.a.link.ready(32, timeout_s=0)
     await pair.stop()

@@ -87,10 +87,9 @@ class LinkedNetwork(KeyNetwork):
 
     async def until_filled(self) -> None:
         """All devices are empty and all links open."""
-        await until(lambda: all(pair.budget_bytes < 1024 for pair in self.devices.values()), timeout_s=20)
+        await until(lambda: all(pair.budget_bytes < 1024 for pair in self.devices.values()))
         await until(
             lambda: all(link.is_open for plane in self.planes.values() for link in plane.links.values()),
-            timeout_s=20,
         )
         await asyncio.sleep(0.2)
 
@@ -148,7 +147,6 @@ async def test_restarts_in_the_middle_heal_by_themselves(linked: LinkedNetwork) 
         await linked.restart(kme)
         await until(
             lambda: all(link.is_open for plane in linked.planes.values() for link in plane.links.values()),
-            timeout_s=20,
         )
         drawn = await linked.get("sae-a", "sae-c")
         assert (await linked.redeem("sae-c", "sae-a", [drawn.keys[0][0]])).keys == drawn.keys
@@ -156,9 +154,7 @@ async def test_restarts_in_the_middle_heal_by_themselves(linked: LinkedNetwork) 
 
 
 async def test_refill_over_real_links_and_same_kme_keys(tmp_path: Path) -> None:
-    config = replace(
-        NO_PREFILL, prefill=True, high_water_bytes=64 * 1024, low_water_bytes=48 * 1024, request_timeout_s=8.0
-    )
+    config = replace(NO_PREFILL, prefill=True, high_water_bytes=64 * 1024, low_water_bytes=48 * 1024)
     network = LinkedNetwork(tmp_path, material=2 << 20, config=config)
     await network.start("kme-c", "kme-b", "kme-a")
     try:
@@ -168,7 +164,6 @@ async def test_refill_over_real_links_and_same_kme_keys(tmp_path: Path) -> None:
                 for book in [network.plane("kme-a").reserves.outbound.get("kme-c")]
                 if book
             ),
-            timeout_s=30,
         )
         before = network.spent("kme-a", "kme-b")
         drawn = await network.get("sae-a", "sae-c", 100)

@@ -22,7 +22,7 @@ from mesh.errors import (
     UnavailableError,
 )
 from mesh.v1.keys_pb2 import KeyRequest, StatusRequest
-from tests.fakes.key_network import LINE, NO_PREFILL, KeyNetwork, until
+from tests.fakes.key_network import HASTY, LINE, NO_PREFILL, KeyNetwork, until
 
 FILLED = replace(
     NO_PREFILL, prefill=True, high_water_bytes=64 * 1024, low_water_bytes=48 * 1024, lane_floor_bytes=4096
@@ -30,18 +30,18 @@ FILLED = replace(
 
 
 @pytest.fixture
-async def line(tmp_path: Path) -> AsyncIterator[KeyNetwork]:
+async def line(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[KeyNetwork]:
     """a - b - c with empty reserves."""
-    network = KeyNetwork(tmp_path, LINE)
+    network = KeyNetwork(tmp_path, LINE, config=getattr(request, "param", NO_PREFILL))
     await network.start()
     yield network
     await network.stop()
 
 
 @pytest.fixture
-async def filled(tmp_path: Path) -> AsyncIterator[KeyNetwork]:
+async def filled(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[KeyNetwork]:
     """a - b - c with the reserve a to c filled."""
-    network = KeyNetwork(tmp_path, LINE, config=FILLED)
+    network = KeyNetwork(tmp_path, LINE, config=getattr(request, "param", FILLED))
     await network.start()
     await until(lambda: level(network) >= 64 * 1024)
     yield network
@@ -133,6 +133,7 @@ async def test_a_filled_reserve_draws_without_network(filled: KeyNetwork) -> Non
     assert redeemed.keys == drawn.keys
 
 
+@pytest.mark.parametrize("filled", [replace(FILLED, request_timeout_s=3.0)], indirect=True)
 async def test_total_outage_serves_until_empty_then_says_so(filled: KeyNetwork) -> None:
     isolate(filled)
     served = 0
@@ -254,6 +255,7 @@ async def test_a_lost_confirm_is_asked_for(line: KeyNetwork) -> None:
     assert any(kind == "query" for kind, *_ in line.calls)
 
 
+@pytest.mark.parametrize("line", [HASTY], indirect=True)
 async def test_a_dead_target_is_a_shortage_in_time_and_burns_once(line: KeyNetwork) -> None:
     await line.stop("kme-c")
     with pytest.raises(UnavailableError) as caught:
@@ -263,7 +265,7 @@ async def test_a_dead_target_is_a_shortage_in_time_and_burns_once(line: KeyNetwo
 
 
 async def test_no_material_is_a_shortage_and_no_slots_are_lost(tmp_path: Path) -> None:
-    network = KeyNetwork(tmp_path, LINE, filled=100)
+    network = KeyNetwork(tmp_path, LINE, filled=100, config=HASTY)
     await network.start()
     try:
         with pytest.raises(ShortageError) as caught:
@@ -353,6 +355,7 @@ async def test_several_slaves_at_several_kmes_get_the_same_key(line: KeyNetwork)
             await line.redeem(slave, "sae-a", ids)
 
 
+@pytest.mark.parametrize("line", [HASTY], indirect=True)
 async def test_when_one_target_fails_all_void(line: KeyNetwork) -> None:
     await line.get("sae-a", "sae-c")
     await line.get("sae-a", "sae-b")
@@ -360,7 +363,7 @@ async def test_when_one_target_fails_all_void(line: KeyNetwork) -> None:
     with pytest.raises(UnavailableError):
         await line.get("sae-a", "sae-b", more=["sae-c", "sae-a2"])
     line.on_call = lambda *_: True
-    await until(lambda: line.plane("kme-a").jobs.open_jobs("kme-c") == 0, timeout_s=8)
+    await until(lambda: line.plane("kme-a").jobs.open_jobs("kme-c") == 0)
     await until(lambda: line.plane("kme-a").jobs.open_jobs("kme-b") == 0)
     for kme in line.sites:
         assert line.store(kme).read(lambda tables: tables.keystore.count_held()) == 0

@@ -28,7 +28,7 @@ KEY = b"/keymesh/toronto/x"
 
 
 async def next_change(stream: AsyncGenerator[Changes, None]) -> Changes:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async for batch in stream:
             if batch.changes:
                 return batch

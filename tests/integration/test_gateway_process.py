@@ -19,6 +19,7 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
+from mesh.lab.ground import free_ports
 from mesh.pki.authority import Pki
 from mesh.rpc.server import RpcServer
 from tests.conformance.wire import Wire, client_context
@@ -28,14 +29,6 @@ from tests.fakes.key_service import FakeNetwork
 pytestmark = pytest.mark.slow
 RUN = "import sys; from gateway.main import main; sys.exit(main(sys.argv[1]))"
 ENC = "/api/v1/keys/sae-b1/enc_keys"
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class NodeThread:
@@ -91,7 +84,7 @@ class Running:
             return False
 
     def wait_ready(self, is_ready: bool = True) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while self.is_ready() is not is_ready:
             assert time.monotonic() < deadline, self.log()
             assert self.process.poll() is None, self.log()
@@ -109,9 +102,9 @@ def running(tmp_path: Path) -> Iterator[Running]:
     pki.gateway_client("gw").save(tmp_path, "gw-node")
     pki.sae("sae-a1").save(tmp_path, "sae-a1")
     network = FakeNetwork({"sae-a1": "kme-a", "sae-b1": "kme-b"})
-    node = NodeThread(network, pki, tmp_path, free_port())
+    node_port, https_port, http_port = free_ports(3)
+    node = NodeThread(network, pki, tmp_path, node_port)
     node.start()
-    https_port, http_port = free_port(), free_port()
     config = tmp_path / "gateway.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -155,7 +148,7 @@ def test_keys_travel_and_sigterm_ends_with_success(running: Running) -> None:
         assert ("enc_keys", received.headers["x-request-id"]) in running.network.calls
         running.process.send_signal(signal.SIGTERM)
         assert wire.is_closed_by_peer()
-    assert running.process.wait(10) == 0
+    assert running.process.wait(30) == 0
     keys = [key["key"] for key in received.json()["keys"]]
     assert not [
         key for key in keys if key in running.log() or key in (running.directory / "audit.log").read_text()
@@ -184,7 +177,7 @@ def test_sighup_reads_the_mapping_again(running: Running) -> None:
         row = "{sae_id: renamed, subject: 'CN=sae-a1,OU=sae,O=keymesh'}"
         (running.directory / "table.yaml").write_text(f"version: 1\nentries: [{row}]\n")
         running.process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while wire.request("GET", "/api/v1/keys/sae-b1/status").json()["master_SAE_ID"] != "renamed":
             assert time.monotonic() < deadline
 

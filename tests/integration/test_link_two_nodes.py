@@ -138,7 +138,7 @@ async def test_one_slot_share_costs_160_bytes(pair: GrpcPair, is_forward: bool) 
 
 async def test_raw_share_sends_nothing_but_its_offset(pair: GrpcPair) -> None:
     """A raw share is the pad itself: the receiver reads the same bytes, nothing travels for it."""
-    await pair.a.link.ready(1000 + 50, timeout_s=5)
+    await pair.a.link.ready(1000 + 50, timeout_s=30)
     claim = pair.a.link.claim(1000, 50)
     pair.a.link.send(claim, [share_of(1000, is_raw=True), share_of(50)], b"e" * 50)
     await pair.b.until(lambda: len(pair.b.shares.got) == 2)
@@ -157,7 +157,7 @@ async def test_relay_queue_coalesces_into_one_frame(pair: GrpcPair) -> None:
 
 async def test_local_bytes_are_burnt_and_never_sent(pair: GrpcPair) -> None:
     """4.9: bytes for two SAEs at one KME are skipped by the reader."""
-    await pair.a.link.ready(32, timeout_s=5)
+    await pair.a.link.ready(32, timeout_s=30)
     got = pair.a.link.take_local(48)
     assert len(got) == 48
     assert pair.a.uses.spent("local") == 48
@@ -286,7 +286,7 @@ async def test_claims_refuse_what_does_not_fit(pair: GrpcPair) -> None:
     with pytest.raises(CallerError):
         await link.ready(link.max_frame_bytes, timeout_s=0.1)
     assert pair.a.uses.spent("data") == spent
-    await link.ready(64, timeout_s=1)
+    await link.ready(64, timeout_s=30)
     claim = link.claim(0, 64)
     with pytest.raises(CallerError):
         link.send(claim, [share_of(63)], bytes(63))

@@ -46,8 +46,8 @@ async def test_a_full_reserve_is_given_up_when_its_target_starts_anew(
     if restarts:
         await filled.restart("kme-a")
     await lose_disk(filled, "kme-c", tmp_path / "fresh")
-    await until(lambda: filled.plane("kme-a").reserves.next_outbound_epoch("kme-c") > 1, timeout_s=15.0)
-    await until(lambda: is_full(filled, "kme-a", "kme-c"), timeout_s=15.0)
+    await until(lambda: filled.plane("kme-a").reserves.next_outbound_epoch("kme-c") > 1)
+    await until(lambda: is_full(filled, "kme-a", "kme-c"))
     drawn = await filled.get("sae-a", "sae-c")
     address = parse(drawn.keys[0][0])
     assert address is not None and address.epoch == 1
@@ -59,8 +59,8 @@ async def test_a_source_that_only_renewed_its_epoch_costs_one_slot(filled: KeyNe
     before = await filled.get("sae-a", "sae-c")
     book = filled.plane("kme-c").reserves.outbound["kme-a"]
     filled.plane("kme-c").establisher.forget_epoch(book)
-    await until(lambda: filled.plane("kme-c").reserves.next_outbound_epoch("kme-a") > 1, timeout_s=15.0)
-    await until(lambda: is_full(filled, "kme-c", "kme-a"), timeout_s=15.0)
+    await until(lambda: filled.plane("kme-c").reserves.next_outbound_epoch("kme-a") > 1)
+    await until(lambda: is_full(filled, "kme-c", "kme-a"))
     after = await filled.get("sae-a", "sae-c")
     for keys in (before.keys, after.keys):
         address = parse(keys[0][0])

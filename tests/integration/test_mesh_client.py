@@ -285,7 +285,7 @@ async def test_one_slow_pair_does_not_stop_the_others(site: Site) -> None:
     await until(lambda: site.node.rpcs >= 1)
     slow.append(asyncio.ensure_future(client.get_keys("m9", "slow")))
     await until(lambda: site.node.rpcs >= 2)
-    answers = await asyncio.gather(*(client.get_keys("sae-a", "sae-b", timeout_s=5) for _ in range(20)))
+    answers = await asyncio.gather(*(client.get_keys("sae-a", "sae-b", timeout_s=30) for _ in range(20)))
     assert len(answers) == 20
     assert not any(task.done() for task in slow)
     site.node.gate.set()

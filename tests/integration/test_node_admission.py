@@ -81,7 +81,7 @@ async def refusal(call: Any) -> ErrorReason:
 
 
 async def until_refused(client: MeshClient, reason: ErrorReason) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await client.get_keys("sae-a", "sae-b", number=1, size_bytes=32, request_id="")
@@ -92,7 +92,7 @@ async def until_refused(client: MeshClient, reason: ErrorReason) -> None:
 
 
 async def until_had(client: MeshClient) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await client.get_keys("sae-a", "sae-b", number=1, size_bytes=32, request_id="")
@@ -134,7 +134,7 @@ async def test_a_changed_access_table_is_followed_and_a_broken_one_is_not(site: 
         site.put_rules(OPEN)
         await until_had(client)
         site.table.write_text("rules: {}\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not alarms.is_open("config/access"):  # noqa: ASYNC110 - an alarm has no event
                 await asyncio.sleep(0.05)
         await until_had(client)
@@ -196,7 +196,7 @@ async def test_a_link_opens_only_to_the_role_that_the_document_gives_its_peer(
     opened = site.node("kme-a").links.links["hub-1"].times_opened
     stream = opener(site, role, one)()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await asyncio.wait_for(stream.read(), 5)
+        await asyncio.wait_for(stream.read(), 30)
     assert error_from_rpc(caught.value).reason in (ErrorReason.NOT_AUTHORIZED, ErrorReason.PEER_REFUSED)
     assert site.is_open("kme-a")
     assert site.node("kme-a").links.links["hub-1"].times_opened == opened

@@ -110,7 +110,7 @@ async def test_keys_of_a_rolled_back_disk_are_void_once_its_link_is_reset(networ
     shutil.copytree(network.root / "snapshot", data)
     await network.start("kme-b")
     node = network.node("kme-b")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while node.links.refusal is None:  # noqa: ASYNC110 - a refusal has no event
             await asyncio.sleep(0.02)
     for keys in (first, second):

@@ -80,10 +80,10 @@ async def test_refusals_pace_refills_where_no_levels_are_known(tmp_path: Path) -
     await network.start()
     try:
         async with dripping(network, "kme-b", "kme-c", per_s=128 * 1024):
-            await until(lambda: any(kind == "report" for kind, *_ in network.calls), timeout_s=20)
+            await until(lambda: any(kind == "report" for kind, *_ in network.calls))
             await asyncio.sleep(1.0)
             before = burnt(network)
-            await until(lambda: burnt(network)[1] - before[1] > 256 * 1024, timeout_s=30)
+            await until(lambda: burnt(network)[1] - before[1] > 256 * 1024)
             after = burnt(network)
             reports = [message for kind, *_, message in network.calls if kind == "report"]
     finally:
@@ -120,7 +120,7 @@ async def test_bulk_leaves_a_relays_floor_to_keys_on_demand(tmp_path: Path) -> N
     set_lane(network, "kme-b", "kme-c", 200 * 1024)
     await network.start()
     try:
-        await until(lambda: any(kind == "report" for kind, *_ in network.calls), timeout_s=10)
+        await until(lambda: any(kind == "report" for kind, *_ in network.calls))
         lane = network.wire.planes["kme-b"].ends["kme-c"].lane
         left = lane.filled - lane.position
         assert left >= HUNGRY.lane_floor_bytes

@@ -20,8 +20,8 @@ async def test_a_scarce_route_is_asked_for_what_a_message_needs_after_more_has_f
     try:
         jobs = network.plane("kme-a").jobs
         with pytest.raises(ShortageError):
-            await jobs.send("kme-c", MESSAGE, timeout_s=1.0)
-        answer = await jobs.send("kme-c", MESSAGE, timeout_s=5.0)
+            await jobs.send("kme-c", MESSAGE, timeout_s=3.0)
+        answer = await jobs.send("kme-c", MESSAGE, timeout_s=30.0)
         assert answer.lineage
     finally:
         await network.stop()
@@ -33,7 +33,7 @@ async def test_bursts_of_messages_are_given_more_at_a_time(tmp_path: Path) -> No
     try:
         jobs = network.plane("kme-a").jobs
         for _ in range(60):
-            await jobs.send("kme-c", MESSAGE, timeout_s=5.0)
+            await jobs.send("kme-c", MESSAGE, timeout_s=30.0)
         book = network.plane("kme-a").reserves.outbound["kme-c"]
         transfers = sum(kind == "confirm" for kind, *_ in network.calls)
         # In batches of 32 they would be more.

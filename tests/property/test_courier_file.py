@@ -43,7 +43,7 @@ def test_any_bit_flip_is_refused(bit: int) -> None:
         read_all(bytes(damaged))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, len(_SEALED) * 8 - 1))
 def test_any_bit_flip_of_a_sealed_file_is_refused(bit: int) -> None:
     damaged = bytearray(_SEALED)
@@ -88,7 +88,7 @@ def test_headers_round_trip(
 
 
 @given(st.integers(1, 5000), st.integers(4096, 9000), st.integers(4096, 9000), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_piece_size_reads_the_same(piece: int, down: int, up: int, is_sealed: bool) -> None:
     passphrase = PASSPHRASE if is_sealed else None
     header = header_of(from_hub=down, to_hub=up)

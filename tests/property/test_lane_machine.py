@@ -353,7 +353,7 @@ class TwoEnds(RuleBasedStateMachine):
                     assert other.used.contains(one)
 
 
-TwoEnds.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TwoEnds.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
 TestTwoEnds = TwoEnds.TestCase
 
 

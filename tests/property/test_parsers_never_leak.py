@@ -19,7 +19,7 @@ from tests.fuzz.targets import Target, targets
 
 ONE_BY_ONE = {target.name: target for target in targets()}
 EACH = pytest.mark.parametrize("target", targets(), ids=list(ONE_BY_ONE))
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 ODD = st.sampled_from(
     [
         *(b"", b"\x00", b"\xff", b"\xff" * 8, b"\x80" * 5, b"\n\n", b"\xed\xa0\x80", b'"'),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.errors import IntegrityError, MeshError
@@ -233,7 +233,7 @@ def _check(store: Store, model: Model) -> None:
     model.used, model.unsure_used = used, set()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(generations)
 def test_power_cuts_lose_nothing_that_was_acknowledged(
     generations: list[tuple[list[Operation], int, int]],
@@ -268,7 +268,7 @@ def test_power_cuts_lose_nothing_that_was_acknowledged(
             store.close()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 60), st.integers(0, 2**16))
 def test_a_cut_while_the_directory_is_made_leaves_a_new_or_a_finished_one(cut_after: int, seed: int) -> None:
     files = PowerCutFiles(cut_before_step=cut_after)

@@ -189,4 +189,4 @@ class ReserveMachine(RuleBasedStateMachine):
 
 
 TestReserveMachine = ReserveMachine.TestCase
-TestReserveMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestReserveMachine.settings = settings(max_examples=150, stateful_step_count=40)

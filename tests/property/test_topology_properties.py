@@ -56,7 +56,7 @@ def share_nothing(graph: Graph, routes: tuple[Route, ...]) -> bool:
 
 
 @given(graphs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_cheapest_route_is_the_cheapest_of_all(graph: Graph) -> None:
     source, target = graph.ids[0], graph.ids[-1]
     all_routes = list(simple_routes(graph, (source,), target))
@@ -70,7 +70,7 @@ def test_the_cheapest_route_is_the_cheapest_of_all(graph: Graph) -> None:
 
 
 @given(graphs(), st.integers(1, 4))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_disjoint_routes_are_disjoint_and_of_least_cost(graph: Graph, n: int) -> None:
     source, target = graph.ids[0], graph.ids[-1]
     all_routes = sorted(simple_routes(graph, (source,), target), key=graph.cost)[:60]
@@ -94,7 +94,7 @@ def test_disjoint_routes_are_disjoint_and_of_least_cost(graph: Graph, n: int) ->
 
 
 @given(graphs(), st.integers(1, 3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_hub_routes_are_the_cheapest_disjoint_pairs_of_legs(graph: Graph, n: int) -> None:
     source, target = graph.ids[0], graph.ids[-1]
     hubs = graph.ids[1:-1]

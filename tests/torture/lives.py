@@ -34,7 +34,7 @@ from mesh.node.pad_recorder import JsonlPadRecorder
 from mesh.node.transport import Transport
 from mesh.store import failpoints
 from mesh.store.store import Store
-from tests.fakes.key_network import LINE, NO_PREFILL, REFILLED, KeyNetwork, until
+from tests.fakes.key_network import HASTY, LINE, REFILLED, KeyNetwork, until
 from tests.fakes.link_sites import FAST_INGEST, DevicePair, Document, MemoryTransport, Wire, WireStream
 from tests.torture.client import Key
 from tests.torture.history import Fate, Fetchable, History
@@ -188,7 +188,8 @@ class Life:
         # Most die in traffic, the others while they start.
         self._failpoint_when_up = failpoint if rng.random() < 0.7 else ""
         failpoints.kill_at("" if self._failpoint_when_up else failpoint)
-        config = rng.choice((NO_PREFILL, REFILLED, replace(REFILLED, high_water_bytes=128 << 10)))
+        refilled = replace(REFILLED, request_timeout_s=HASTY.request_timeout_s)
+        config = rng.choice((HASTY, refilled, replace(refilled, high_water_bytes=128 << 10)))
         self._network = LinkedLine(root, rng, config=config)
 
     def tell(self, event: str, **facts: Any) -> None:

@@ -7,7 +7,7 @@ import json
 from uuid import UUID, uuid4
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.etsi014 import schema
@@ -187,7 +187,6 @@ _JSON = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # the first draw builds the table of all characters
 @given(st.dictionaries(st.sampled_from(sorted(schema._KEY_REQUEST_MEMBERS)), _JSON, max_size=5))
 def test_any_json_in_known_members_decodes_or_is_refused(document: dict[str, object]) -> None:
     try:
@@ -200,7 +199,6 @@ def test_any_json_in_known_members_decodes_or_is_refused(document: dict[str, obj
         assert request.size_bytes is None or request.size_bytes >= 1
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=80))
 def test_any_segment_is_an_sae_id_or_refused(text: str) -> None:
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import ConfigError, UnavailableError
-from mesh.lab.ground import clear_directory
+from mesh.lab.ground import PORTS_VARIABLE, clear_directory, free_ports
 from mesh.lab.measure import Stopwatch, summarise
 from mesh.lab.processes import Process, stop_all
 from mesh.lab.state import LabDirectory, put_pid
@@ -21,6 +21,25 @@ def sleeper(tmp_path: Path, code: str = "import time; time.sleep(60)") -> Proces
     return Process(
         id="p", kind="node", argv=[sys.executable, "-c", code], log=str(tmp_path / "log" / "p.log")
     )
+
+
+def test_ports_come_from_the_range_in_force_and_not_twice_while_there_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(PORTS_VARIABLE, "19000-19199")
+    found = [*free_ports(60), *free_ports(60)]
+    assert len(set(found)) == 120
+    assert set(found) <= set(range(19_000, 19_200))
+    assert len(set(free_ports(100))) == 100, "what was given before comes last"
+    with pytest.raises(UnavailableError, match="no 201 free ports between 19000 and 19199"):
+        free_ports(201)
+
+
+@pytest.mark.parametrize("text", ["", "20000", "0-7", "9-8", "20000-70000", "a-b"])
+def test_a_range_of_ports_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(PORTS_VARIABLE, text)
+    with pytest.raises(ConfigError, match=PORTS_VARIABLE):
+        free_ports(1)
 
 
 def test_a_process_has_its_own_session_and_is_stopped(tmp_path: Path) -> None:
