@@ -173,6 +173,59 @@ def test_what_peers_and_saes_dial_stands_in_the_certificates(values: Path) -> No
         assert {*one.get("hosts", ())} <= names[f"km-keymesh-gateway-{one['id']}-tls"]
 
 
+def test_members_of_a_site_dial_each_other_inside_the_cluster() -> None:
+    """What peers elsewhere dial leads over a balancer, which the NetworkPolicies do not admit from inside."""
+    second = (
+        '{"id":"kme-c","advertise":"kme-c.example:7001","service":{"port":7101},"links":[{"peer":"kme-a"}]}'
+    )
+    sets = (f"nodes[1]={second}", 'nodes[0].links[2]={"peer":"kme-c"}')
+    objects = render(CI_VALUES[-1], sets=sets)
+    for own, other, port in (("kme-a", "kme-c", 7101), ("kme-c", "kme-a", 7001)):
+        name = f"km-keymesh-node-{other}"
+        text = the(objects, "ConfigMap", f"km-keymesh-node-{own}")["data"]["node.yaml"]
+        assert json.loads(text)["addresses"] == {other: f"{name}.keys.svc.cluster.local:{port}"}
+        assert [port] == [one["port"] for one in the(objects, "Service", name)["spec"]["ports"]]
+        names = the(objects, "Certificate", f"{name}-tls")["spec"]["dnsNames"]
+        assert {f"{name}.keys.svc.cluster.local", f"{other}.node.toronto.keymesh.internal"} <= {*names}
+
+
+def test_audit_logs_lie_where_something_can_ship_them_from() -> None:
+    """A folder of its own for each pod where pods share the volume; never the volume of the pads."""
+    mounts = {
+        values.stem: {
+            name.partition("/")[2]: mount
+            for name, _, spec in pod_specs(render(values))
+            for mount in spec["containers"][0]["volumeMounts"]
+            if mount["mountPath"] == "/var/log/keymesh"
+        }
+        for values in CI_VALUES
+    }
+    own = {"name": "audit", "mountPath": "/var/log/keymesh"}
+    shared = {**own, "subPathExpr": "$(POD_NAME)"}
+    site, existing = mounts["site-values"], mounts["site-existing-secrets-values"]
+    assert site == {"km-keymesh-node-kme-a": own, "km-keymesh-gateway-gw-a": own}
+    assert existing == {"km-keymesh-node-kme-b": shared, "km-keymesh-gateway-gw-b": shared}
+    assert mounts["hub-values"] == {}
+    for name, _, spec in pod_specs(render(CI_VALUES[-2])):
+        if name.rpartition("/")[2] in existing:
+            (variable,) = spec["containers"][0]["env"]
+            assert variable["name"] == "POD_NAME", name
+
+
+def test_everything_listens_on_ipv6_where_there_is_nothing_else(tmp_path: Path) -> None:
+    for values in CI_VALUES:
+        objects = render(values, sets=('listenHost="[::]"',))
+        (tmp_path / values.stem).mkdir()
+        files = [
+            str(folder / name)
+            for config, folder in unpack(objects, tmp_path / values.stem)
+            for name in config["data"]
+            if name in _CONFIGS
+        ]
+        assert main(["config", "check", *files]) == 0
+        assert "0.0.0.0:" not in yaml.safe_dump_all(of_kind(objects, "ConfigMap", "StatefulSet"))
+
+
 @EACH_FILE
 def test_every_secret_is_made_here_or_named_in_the_values(values: Path) -> None:
     objects = render(values)

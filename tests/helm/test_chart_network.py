@@ -212,3 +212,13 @@ def test_the_kubelet_is_admitted_where_the_network_does_not_do_it() -> None:
     assert ("hub/hub-1", "10.9.0.0/16", "ops") in _Policies(
         render(_FOLDER / "hub-values.yaml", sets=sets)
     ).outside("ingress")
+    metro = _Policies(render(_FOLDER / "lab-metro-values.yaml", sets=sets))
+    admitted = metro.outside("ingress")
+    for pod in ("device/can-site-x-can-site-y", "device/can-site-y-can-site-z"):
+        assert {(pod, "10.9.0.0/16", port) for port in "ab"} <= admitted
+
+
+def test_dns_is_reached_at_the_port_of_its_pods() -> None:
+    sets = ("networkPolicy.dnsPort=5353",)
+    policies = _Policies(render(_FOLDER / "lab-metro-values.yaml", sets=sets))
+    assert policies.outside("egress") == {(pod, "kube-dns kube-system", "5353") for pod in policies.pods}

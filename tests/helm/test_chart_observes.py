@@ -28,7 +28,7 @@ _FOREIGN: dict[str, set[str]] = {
     "kubelet_volume_stats_capacity_bytes": {"persistentvolumeclaim"},
 }
 # What scraping adds.
-_SCRAPED = {"namespace", "job", "pod", "instance", "le"}
+_SCRAPED = {"namespace", "job", "pod", "instance", "le", "domain"}
 _WORDS = {
     "and",
     "by",
@@ -43,7 +43,7 @@ _WORDS = {
     "rate",
     "sum",
 }
-_WORDS |= {"time", "unless", "group_left", "Inf"}
+_WORDS |= {"time", "unless", "group_left", "Inf", "absent", "label_replace"}
 
 
 def rules() -> Object:
@@ -180,3 +180,22 @@ def test_prometheus_finds_every_pod_that_has_metrics() -> None:
     assert monitor["spec"]["jobLabel"] in service["metadata"]["labels"]
     assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "km", "the rules' job"
     assert service["spec"]["publishNotReadyAddresses"] is True
+    # The label by which network documents of a domain's releases are compared.
+    assert {"targetLabel": "domain", "replacement": "toronto"} in monitor["spec"]["endpoints"][0][
+        "relabelings"
+    ]
+
+
+def test_every_pod_that_should_be_there_is_missed() -> None:
+    """`up` says nothing of pods that are gone."""
+    (down,) = (rule for rule in alerts() if rule["alert"] == "KeymeshTargetDown")
+    missed = re.findall(r'pod=~?"([^"]+)"', down["expr"])
+    objects = render(_SITE, sets=_BUNDLED)
+    pods = [
+        f"{one['metadata']['name']}-{number}"
+        for one in of_kind(objects, "StatefulSet")
+        for number in range(one["spec"]["replicas"])
+    ]
+    pods += [f"{one['metadata']['name']}-5f7d8c9b6-x2lq4" for one in of_kind(objects, "Deployment")]
+    assert len(pods) == len(missed) == 5
+    assert all(re.fullmatch(one, pod) for one, pod in zip(sorted(missed), sorted(pods), strict=True))

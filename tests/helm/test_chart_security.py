@@ -101,6 +101,14 @@ def test_no_key_lies_in_an_object(values: Path) -> None:
             assert all("value" in one or "fieldRef" in one["valueFrom"] for one in container.get("env", ()))
 
 
+def test_a_medium_that_is_plugged_in_is_seen_by_the_pod_that_runs() -> None:
+    (one,) = of_kind(render(CI_VALUES[0].parent / "hub-values.yaml"), "StatefulSet")
+    mounts = one["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    (courier,) = (mount for mount in mounts if mount["name"] == "courier")
+    assert courier["mountPropagation"] == "HostToContainer"
+    assert [mount for mount in mounts if "mountPropagation" in mount] == [courier]
+
+
 @EACH_FILE
 def test_a_volume_has_one_writer_outlives_the_release_and_stays_out_of_backups(values: Path) -> None:
     for one in of_kind(render(values), "StatefulSet"):
@@ -111,6 +119,8 @@ def test_a_volume_has_one_writer_outlives_the_release_and_stays_out_of_backups(v
             "whenDeleted": "Retain",
             "whenScaled": "Retain",
         }
+        # kubernetes/kubernetes#67250: else a pod that never gets ready waits for a hand.
+        assert spec["podManagementPolicy"] == "Parallel"
         if one["metadata"]["labels"]["app.kubernetes.io/component"] == "etcd":
             continue
         assert spec["replicas"] == 1
@@ -133,6 +143,14 @@ def test_the_guard_names_every_volume_of_pads_and_no_other() -> None:
     (pattern,) = patterns
     volumes = {f"data-{one['metadata']['name']}-0" for one in of_kind(objects, "StatefulSet")}
     assert {name for name in volumes if re.search(pattern, name)} == {"data-km-keymesh-node-kme-a-0"}
+    # A snapshot of many volumes names none: its selector is refused whatever it says.
+    guarded = {
+        name for rule in guard["spec"]["matchConstraints"]["resourceRules"] for name in rule["resources"]
+    }
+    assert guarded == {"volumesnapshots", "volumegroupsnapshots", "persistentvolumeclaims"}
+    assert [rule["expression"] for rule in guard["spec"]["validations"] if "group" in rule["expression"]] == [
+        "request.resource.resource != 'volumegroupsnapshots' || !has(object.spec.source.selector)"
+    ]
 
 
 @EACH_FILE
@@ -144,6 +162,15 @@ def test_what_serves_is_probed_in_the_plain(values: Path) -> None:
         if labels["app.kubernetes.io/component"] in {"node", "hub", "gateway", "etcd"}:
             assert probes.keys() == {"startupProbe", "livenessProbe", "readinessProbe"}, name
             assert all(probe["httpGet"]["port"] == "ops" for probe in probes.values()), name
+        if labels["app.kubernetes.io/component"] == "etcd":
+            # A full quota makes etcd unhealthy; a restart would not help, but take it away.
+            for kind in ("startupProbe", "livenessProbe"):
+                assert probes[kind]["httpGet"]["path"] == "/health?serializable=true&exclude=NOSPACE"
+        if labels["app.kubernetes.io/component"] == "gateway":
+            patience = (
+                probes["readinessProbe"]["periodSeconds"] * probes["readinessProbe"]["failureThreshold"]
+            )
+            assert patience == 60, "a node that restarts must not take its gateways out of their Service"
         assert not any("exec" in probe or "grpc" in probe for probe in probes.values()), name
         assert "lifecycle" not in container, f"{name}: the image has nothing to run in a hook; programs drain"
 
@@ -165,6 +192,13 @@ def test_gateways_drain_before_they_are_killed(values: Path) -> None:
             for x in of_kind(objects, "HorizontalPodAutoscaler")
             if name_of(x).endswith(budget["metadata"]["name"])
         ]
+        assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+        if scaler:
+            (metric,) = scaler[0]["spec"]["metrics"]
+            assert (
+                metric["containerResource"]["container"]
+                == one["spec"]["template"]["spec"]["containers"][0]["name"]
+            )
         fewest = scaler[0]["spec"]["minReplicas"] if scaler else one["spec"]["replicas"]
         assert (
             budget["spec"]["minAvailable"] == 0
@@ -226,6 +260,16 @@ def test_a_new_chart_or_image_changes_no_job_and_no_label_of_a_node() -> None:
     for _, labels, _ in pod_specs(before):
         assert "helm.sh/chart" not in labels
         assert "app.kubernetes.io/version" not in labels
+
+
+def test_a_new_root_of_the_collector_restarts_what_traces() -> None:
+    hub = CI_VALUES[0].parent / "hub-values.yaml"
+    sums = set()
+    for text in ("MA==", "MQ=="):
+        ca = f'tracing.ca="-----BEGIN CERTIFICATE-----\\n{text}\\n-----END CERTIFICATE-----"'
+        (one,) = of_kind(render(hub, sets=(ca,)), "StatefulSet")
+        sums.add(one["spec"]["template"]["metadata"]["annotations"]["checksum/config"])
+    assert len(sums) == 2
 
 
 def test_ids_that_look_like_numbers_stay_words() -> None:

@@ -13,6 +13,8 @@ Argument: a dict with "root". Sets in it "members", "nodes", "hubs" (lists of en
 {{- range get $root.Values (printf "%ss" $role) -}}
 {{- $entry := mergeOverwrite (deepCopy $root.Values.memberDefaults) (deepCopy .) -}}
 {{- $_ := set $entry "role" $role -}}
+{{- /* One source or another, never two; a hub has no audit log. */ -}}
+{{- $_ := set $entry "auditVolume" (ternary (.auditVolume | default $root.Values.memberDefaults.auditVolume) dict (eq $role "node")) -}}
 {{- $_ := set $entry "name" (printf "%s-%s-%s" $full $role .id) -}}
 {{- $links := list -}}
 {{- range .links -}}{{- $links = append $links (deepCopy .) -}}{{- end -}}
@@ -42,6 +44,7 @@ Argument: a dict with "root". Sets in it "members", "nodes", "hubs" (lists of en
 {{- $entry := mergeOverwrite (deepCopy $root.Values.gatewayDefaults) (deepCopy .) -}}
 {{- $_ := set $entry "name" (printf "%s-gateway-%s" $full .id) -}}
 {{- $_ := set $entry "border" (dig "border" dict (get $byId .node | default dict)) -}}
+{{- $_ := set $entry "auditVolume" (.auditVolume | default $root.Values.gatewayDefaults.auditVolume | default (dict "emptyDir" (dict "sizeLimit" "1Gi"))) -}}
 {{- $gateways = append $gateways $entry -}}
 {{- end -}}
 {{- $peers := dict -}}

@@ -2,7 +2,7 @@
 Configuration files, as JSON (which is YAML): whole numbers stay whole numbers that way.
 */}}
 
-{{/* Arguments: root, entry, gateways (collected). */}}
+{{/* Arguments: root, entry, gateways, members (collected). */}}
 {{- define "keymesh.memberConfig" -}}
 {{- $root := .root -}}
 {{- $entry := .entry -}}
@@ -39,18 +39,24 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
   "domain_id" $values.domain
   "data_dir" (include "keymesh.dataDir" .)
   "proof_dir" "/run/keymesh"
-  "listen" (dict "grpc" "0.0.0.0:7001" "http" "0.0.0.0:7080")
+  "listen" (dict "grpc" (printf "%s:7001" $values.listenHost) "http" (printf "%s:7080" $values.listenHost))
   "advertise" $advertise
   "tls" (dict "ca" "/etc/keymesh/tls/ca.crt" "cert" "/etc/keymesh/tls/tls.crt" "key" "/etc/keymesh/tls/tls.key" "deny_list" "deny.txt")
   "directory" (dict "etcd" $etcd)
   "network" $network
   "links" $links
 -}}
+{{- /* Members of one release meet inside the cluster: from there, what others dial may lead nowhere. */ -}}
+{{- $addresses := dict -}}
+{{- range .members -}}
+{{- if and .advertise (ne .id $entry.id) -}}{{- $_ := set $addresses .id (printf "%s:%d" (include "keymesh.host" (dict "root" $root "name" .name)) (int .service.port)) -}}{{- end -}}
+{{- end -}}
+{{- with $addresses -}}{{- $_ := set $config "addresses" . -}}{{- end -}}
 {{- with include "keymesh.tracing" $root -}}{{- $_ := set $config "tracing" (fromJson .) -}}{{- end -}}
 {{- if eq $entry.role "hub" -}}
 {{- with $entry.policy -}}{{- $_ := set $config "policy" . -}}{{- end -}}
 {{- else -}}
-{{- $_ := set $config "audit_log" "/var/lib/keymesh/audit.jsonl" -}}
+{{- $_ := set $config "audit_log" (printf "/var/%s/keymesh/audit.jsonl" (ternary "log" "lib" (not (empty $entry.auditVolume)))) -}}
 {{- $_ := set $config "gateways" $gatewayIds -}}
 {{- if eq (toString $entry.access) "open" -}}
 {{- $_ := set $config "access" "open" -}}
@@ -91,7 +97,7 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
 {{- $config := dict
   "gateway_id" .entry.id
   "domain_id" .root.Values.domain
-  "listen" (dict "https" "0.0.0.0:8443" "http" "0.0.0.0:7080")
+  "listen" (dict "https" (printf "%s:8443" .root.Values.listenHost) "http" (printf "%s:7080" .root.Values.listenHost))
   "node" (dict "kme_id" .entry.node "address" (printf "%s:%d" (include "keymesh.host" (dict "root" .root "name" .node.name)) (int .node.service.port)))
   "node_tls" (dict "ca" "/etc/keymesh/node-tls/ca.crt" "cert" "/etc/keymesh/node-tls/tls.crt" "key" "/etc/keymesh/node-tls/tls.key")
   "tls" (mergeOverwrite (deepCopy (dict "min_version" "1.2")) (.entry.config.tls | default dict | deepCopy) (dict "ca" "/etc/keymesh/sae-root/ca.crt" "cert" "/etc/keymesh/tls/tls.crt" "key" "/etc/keymesh/tls/tls.key" "deny_list" "deny.txt"))
@@ -109,7 +115,7 @@ Configuration files, as JSON (which is YAML): whole numbers stay whole numbers t
 {{- with .serverName -}}{{- $_ := set $peer "server_name" . -}}{{- end -}}
 {{- $peers = append $peers $peer -}}
 {{- end -}}
-{{- $border := dict "listen" "0.0.0.0:8444" "cert" "/etc/keymesh/border/tls.crt" "key" "/etc/keymesh/border/tls.key" "deny_list" "deny.txt" "peers" $peers -}}
+{{- $border := dict "listen" (printf "%s:8444" .root.Values.listenHost) "cert" "/etc/keymesh/border/tls.crt" "key" "/etc/keymesh/border/tls.key" "deny_list" "deny.txt" "peers" $peers -}}
 {{- $_ := set $config "etsi020" (mergeOverwrite (deepCopy (.entry.config.etsi020 | default dict)) $border) -}}
 {{- end -}}
 {{- mergeOverwrite (deepCopy .entry.config) $config | toPrettyJson -}}

@@ -43,6 +43,9 @@ keymesh.io/id: {{ . | quote }}
 {{- printf "%s.%s.svc.%s" .name .root.Release.Namespace .root.Values.clusterDomain -}}
 {{- end -}}
 
+{{/* Belongs to the whole cluster. */}}
+{{- define "keymesh.priorityClass" -}}{{ .Release.Namespace }}-{{ include "keymesh.fullname" . }}{{- end -}}
+
 {{- define "keymesh.etcdName" -}}{{ include "keymesh.fullname" . }}-etcd{{- end -}}
 
 {{/* Names of the etcd members' pods, as a JSON list under "hosts". */}}

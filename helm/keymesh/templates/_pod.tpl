@@ -30,7 +30,7 @@ capabilities:
 
 {{- define "keymesh.priority" -}}
 {{- if .Values.priority.create }}
-priorityClassName: {{ include "keymesh.fullname" . }}
+priorityClassName: {{ include "keymesh.priorityClass" . }}
 {{- else if .Values.priority.className }}
 priorityClassName: {{ .Values.priority.className }}
 {{- end }}
@@ -47,7 +47,7 @@ tolerations:
 {{- end }}
 {{- end -}}
 
-{{/* Probes on the plain port: Kubernetes' own gRPC probe speaks no TLS. */}}
+{{/* Probes on the plain port: Kubernetes' own gRPC probe speaks no TLS. Argument: how often "not ready" is not believed. */}}
 {{- define "keymesh.probes" -}}
 startupProbe:
   httpGet: {path: /healthz, port: ops}
@@ -62,7 +62,26 @@ readinessProbe:
   httpGet: {path: /readyz, port: ops}
   periodSeconds: 3
   timeoutSeconds: 3
-  failureThreshold: 2
+  failureThreshold: {{ . }}
+{{- end -}}
+
+{{/* Whether pods share the audit volume of an entry: then each has a folder of its own in it. */}}
+{{- define "keymesh.sharesAudit" -}}
+{{- if or .auditVolume.hostPath .auditVolume.persistentVolumeClaim -}}true{{- end -}}
+{{- end -}}
+
+{{- define "keymesh.auditEnv" -}}
+{{- if include "keymesh.sharesAudit" . -}}
+env:
+  - name: POD_NAME
+    valueFrom: {fieldRef: {fieldPath: metadata.name}}
+{{- end -}}
+{{- end -}}
+
+{{- define "keymesh.auditMount" -}}
+{{- if .auditVolume -}}
+- {name: audit, mountPath: /var/log/keymesh{{ if include "keymesh.sharesAudit" . }}, subPathExpr: $(POD_NAME){{ end }}}
+{{- end -}}
 {{- end -}}
 
 {{/* A Secret volume, readable by the process's group only. Arguments: name, secret. */}}

@@ -26,6 +26,7 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- if not $values.network.operatorPublicKey -}}{{- fail "network.operatorPublicKey: a site needs it to check the network document" -}}{{- end -}}
 {{- end -}}
 
+{{- if and $isLab (eq $values.etcd.source "external") -}}{{- fail "etcd.source: a lab has a directory of its own; only there the document that the chart writes is published" -}}{{- end -}}
 {{- if and $values.network.signedDocument (eq $values.etcd.source "external") -}}{{- fail "network.signedDocument: only the release that hosts the directory publishes it" -}}{{- end -}}
 
 {{- range .members -}}
@@ -44,6 +45,7 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- if and (ne .service.type "ClusterIP") (not .advertise) -}}{{- fail (printf "%s: advertise is needed with a Service of type %s: it is what peers dial" $where .service.type) -}}{{- end -}}
 {{- if and (not $isLab) $values.network.peers (not .advertise) -}}{{- fail (printf "%s: advertise is needed where peers are in other clusters: it is what they dial" $where) -}}{{- end -}}
 {{- if and (eq .role "hub") (dig "podAntiAffinity" false .affinity) -}}{{- fail (printf "%s: affinity.podAntiAffinity: hubSpread decides where hubs are" $where) -}}{{- end -}}
+{{- include "keymesh.validateAudit" (dict "where" $where "entry" . "security" $values.security) -}}
 {{- with .courier -}}
 {{- if and .volume.hostPath (ne $values.security.podStandard "privileged") -}}{{- fail (printf "%s: a courier on a host path needs security.podStandard privileged" $where) -}}{{- end -}}
 {{- range .imports -}}
@@ -75,6 +77,7 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- if has .id $gatewayIds -}}{{- fail (printf "two gateways have the id %q" .id) -}}{{- end -}}
 {{- $gatewayIds = append $gatewayIds .id -}}
 {{- if gt (len .name) 63 -}}{{- fail (printf "gateway %s: the name %s has more than 63 characters; shorten the id or set fullnameOverride" .id .name) -}}{{- end -}}
+{{- include "keymesh.validateAudit" (dict "where" (printf "gateway %s" .id) "entry" . "security" $values.security) -}}
 {{- $node := get $byId .node | default dict -}}
 {{- if ne (get $node "role") "node" -}}{{- fail (printf "gateway %s: %s is not a node of this release; the path between them stays inside the site" .id .node) -}}{{- end -}}
 {{- if gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas) -}}{{- fail (printf "gateway %s: autoscaling.minReplicas exceeds maxReplicas" .id) -}}{{- end -}}
@@ -117,6 +120,11 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 {{- else if $isLab -}}
 {{- include "keymesh.validateDocument" (dict "document" (include "keymesh.document" . | fromJson) "members" .members "domain" $values.domain "where" "network") -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Arguments: where, entry, security. */}}
+{{- define "keymesh.validateAudit" -}}
+{{- if and .entry.auditVolume.hostPath (ne .security.podStandard "privileged") -}}{{- fail (printf "%s: auditVolume on a host path needs security.podStandard privileged" .where) -}}{{- end -}}
 {{- end -}}
 
 {{/* A document against the release, and its hubs against each other. Arguments: document, members, domain, where. */}}
