@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("keymesh.ingest")
 #: Answered blocks remembered per lane: more than a leader may have open.
 KEPT_BLOCKS = 32
+#: So many blocks lost in a row are no restart of a device: its URL or SAE ID is wrong, or the pair is.
+LOST_BLOCKS_ALARM = 3
 MAX_EPOCH_STEP = 1024
 #: Offsets of the leader's outbound and inbound lane below which all blocks are decided.
 Decided: TypeAlias = tuple[int, int]
@@ -611,6 +613,7 @@ class BlockFollower(Ingest):
         super().__init__(link, source, settings)
         self._offers: deque[tuple[bytes, LinkStream, Decided | None]] = deque(maxlen=32)
         self._to_discard: deque[bytes] = deque(maxlen=KEPT_BLOCKS)
+        self._lost_in_row = 0
 
     def on_offer(self, offer: bytes, stream: LinkStream, decided: Decided | None) -> None:
         """Queue the offer for the worker; in clear only at first contact (2.3).
@@ -710,6 +713,7 @@ class BlockFollower(Ingest):
             await self._disk.check()
             keys = await self.source.fetch(block.device_key_ids)
         except CallerError:
+            self._count_lost()
             await self._refuse(end, block, offer, BlockAnswer.LOST, stream, in_frame=in_frame)
             return
         except (UnavailableError, PeerError) as error:
@@ -718,6 +722,7 @@ class BlockFollower(Ingest):
             self._answer(block.block_id, BlockAnswer.BUSY, stream)
             return
         self._device_answered()
+        self._count_found()
         data = b"".join(key.value.reveal() for key in keys)
         for key in keys:
             key.value.wipe()
@@ -727,6 +732,22 @@ class BlockFollower(Ingest):
             await self._refuse(end, block, offer, BlockAnswer.MISMATCH, stream, in_frame=in_frame)
             return
         await self._accept(end, block, data, offer, stream)
+
+    def _count_lost(self) -> None:
+        self._lost_in_row += 1
+        if self._lost_in_row >= LOST_BLOCKS_ALARM:
+            self.link.alarms.raise_alarm(
+                f"link/{self.link.peer}/lost",
+                "warning",
+                f"this end's device knew none of the last {self._lost_in_row} blocks' keys; both ends threw"
+                " them away",
+                "see whether device.url and device.sae_id at both ends name the two ends of one device pair",
+            )
+
+    def _count_found(self) -> None:
+        if self._lost_in_row:
+            self._lost_in_row = 0
+            self.link.alarms.clear(f"link/{self.link.peer}/lost")
 
     async def _accept(self, end: AnyEnd, block: Block, data: bytes, offer: bytes, stream: LinkStream) -> None:
         """Sync the block, store the answer, then send it (2.1)."""

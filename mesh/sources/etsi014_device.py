@@ -222,7 +222,7 @@ class Etsi014Device:
                 reason=ErrorReason.DEVICE_UNAVAILABLE,
                 retry_after_s=self._backoff_s,
             ) from error
-        self._check(status, payload)
+        self._check(method, status, payload)
         try:
             answer = msgspec.json.decode(payload, type=kind)
         except (msgspec.ValidationError, msgspec.DecodeError):
@@ -259,14 +259,10 @@ class Etsi014Device:
                 chunks.append(chunk)
             return response.status, b"".join(chunks)
 
-    def _check(self, status: int, payload: bytes) -> None:
+    def _check(self, method: str, status: int, payload: bytes) -> None:
         if status == 200:
             return
-        try:
-            message = msgspec.json.decode(payload, type=_Error).message[:200]
-        except (msgspec.ValidationError, msgspec.DecodeError):
-            message = ""
-        if status == 404 or (status == 400 and any(text in message.lower() for text in _LOST_MESSAGES)):
+        if method == "dec_keys" and _says_lost(status, payload):
             self._state = SourceState.READY
             raise CallerError("the device no longer has these keys", reason=ErrorReason.UNKNOWN_KEY)
         if status == 401:
@@ -284,12 +280,29 @@ class Etsi014Device:
                 facts={"http_status": status},
             )
         self._back_off()
-        raise PeerError("the device refused the request", facts={"http_status": status})
+        text = f"the device refused {method}"
+        if status == 404:
+            text += ": it has no such path, or no such sae_id"
+        raise PeerError(text, facts={"http_status": status})
 
     def _back_off(self) -> None:
         self._state = SourceState.UNAVAILABLE
         self._backoff_s = min(max(2 * self._backoff_s, _BACKOFF_FIRST_S), _BACKOFF_LAST_S)
         self._retry_at_s = self._now_s() + self._backoff_s
+
+
+def _says_lost(status: int, payload: bytes) -> bool:
+    """Whether the device itself says that keys are gone, which destroys their block at both ends.
+
+    A proxy, a wrong URL and a wrong SAE ID answer 404 too: only an error object that speaks of keys counts.
+    """
+    try:
+        message = msgspec.json.decode(payload, type=_Error).message[:200].lower()
+    except (msgspec.ValidationError, msgspec.DecodeError):
+        return False
+    return (status == 404 and "key" in message) or (
+        status == 400 and any(text in message for text in _LOST_MESSAGES)
+    )
 
 
 def _level(status: _Status) -> int:

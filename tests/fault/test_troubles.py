@@ -19,6 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from mesh.core import mac
 from mesh.errors import CallerError, ErrorReason, IntegrityError
 from mesh.node import disk, expiry
+from mesh.node.ingest import LOST_BLOCKS_ALARM
 from mesh.node.node import Node
 from mesh.store import store as store_module
 from tests.fakes.hub_network import HubNetwork
@@ -227,3 +228,23 @@ async def test_a_full_disk_takes_one_block_of_device_key_at_most_and_ingest_goes
     await site.until(lambda: lanes.rx.lane.usable_bytes + lanes.tx.lane.usable_bytes >= least)
     assert not site.alarms.is_open(disk.ALARM)
     assert pair.a.link.is_open
+
+
+# --- a device that knows none of its peer's keys ----------------------------------------------
+
+
+async def test_blocks_lost_one_after_the_other_are_alarmed_until_one_is_found(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    pair.devices.lose_next = LOST_BLOCKS_ALARM - 1
+    await pair.start()
+    await pair.until_open()
+    alarm = f"link/{pair.b.peer}/lost"
+    assert not pair.b.alarms.is_open(alarm)
+    pair.devices.lose_next = 1 << 30
+    pair.devices.budget_bytes = 4 << 20
+    await pair.b.until(lambda: pair.b.alarms.is_open(alarm))
+    pair.devices.lose_next = 0
+    pair.devices.budget_bytes = 1 << 20
+    await pair.b.until(lambda: not pair.b.alarms.is_open(alarm))
+    assert not pair.a.alarms.is_open(f"link/{pair.a.peer}/lost")
+    await pair.stop()

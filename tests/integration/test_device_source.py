@@ -17,10 +17,12 @@ from uuid import uuid4
 
 import pytest
 import yaml
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from mesh.devices.config import load_config
 from mesh.devices.main import build
-from mesh.errors import CallerError, ErrorReason, UnavailableError
+from mesh.errors import CallerError, ErrorReason, PeerError, UnavailableError
 from mesh.pki.authority import Pki
 from mesh.sources.etsi014_device import Etsi014Device, client_context, connect
 
@@ -218,6 +220,54 @@ async def test_lost_keys_are_unknown_at_the_other_end(
         await b.fetch([first.key_id, second.key_id])
     assert caught.value.reason is ErrorReason.UNKNOWN_KEY
     assert await b.fetch([second.key_id]) == [second]
+
+
+KEYS_GONE = b'{"message": "one or more keys specified are not found on KME"}'
+STATUS = {
+    "key_size": 256,
+    "stored_key_count": 64,
+    "max_key_per_request": 8,
+    "max_key_size": 8192,
+    "min_key_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "body", "is_lost"),
+    [
+        ("dec_keys", 400, KEYS_GONE, True),
+        ("dec_keys", 404, KEYS_GONE, True),
+        ("dec_keys", 404, b"", False),
+        ("dec_keys", 404, b"<html>404 Not Found</html>", False),
+        ("dec_keys", 404, b'{"message": "no such SAE"}', False),
+        ("dec_keys", 404, b'{"error": "Not Found", "path": "/api/v1/keys/x/dec_keys"}', False),
+        ("dec_keys", 400, b"[]", False),
+        ("status", 404, KEYS_GONE, False),
+        ("status", 404, b"", False),
+        ("enc_keys", 400, KEYS_GONE, False),
+        ("enc_keys", 404, KEYS_GONE, False),
+    ],
+)
+async def test_only_a_device_that_says_so_has_lost_keys(
+    pair: Pair, method: str, status: int, body: bytes, is_lost: bool
+) -> None:
+    """Anything else is a wrong URL, a wrong SAE ID or a proxy: key must not be thrown away for it."""
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.path.endswith(method):
+            return web.Response(status=status, body=body)
+        return web.json_response(STATUS)
+
+    app = web.Application()
+    app.router.add_route("*", "/{rest:.*}", answer)
+    async with TestServer(app, host="127.0.0.1") as server:
+        source = pair.source(1)
+        source._base = f"http://127.0.0.1:{server.port}/api/v1/keys/node-a"
+        work = source.take(4096) if method == "enc_keys" else source.fetch([str(uuid4())])
+        with pytest.raises(CallerError if is_lost else PeerError):
+            await work
+        assert source.state == ("ready" if is_lost else "unavailable")
+        await source.close()
 
 
 async def test_a_mismatch_shows_in_the_bytes_only(
