@@ -31,7 +31,7 @@ from mesh.core.psrd import (
 )
 from mesh.core.ranges import Range
 from mesh.core.sizes import format_size
-from mesh.errors import CallerError, ErrorReason, PeerError, RolledBackError
+from mesh.errors import CallerError, ErrorReason, PeerError, RolledBackError, UnavailableError
 from mesh.node.lanes import AnyEnd, LinkLanes
 from mesh.node.psrd_courier import (
     ImportOrder,
@@ -80,6 +80,7 @@ class PsrdTables:
         lanes: of the link, loaded.
         domain_id, own_id: who we are.
         changed: told when material came or went.
+        came: told when a table was issued, discarded or imported: durable, whatever follows.
         randomness: for ids and the tag key, by number of bytes.
         files: where courier files are written.
         scrypt_cost_log2: see ``mesh.sources.psrd_seal``.
@@ -93,6 +94,7 @@ class PsrdTables:
         domain_id: str,
         own_id: str,
         changed: Callable[[], None],
+        came: Callable[[], None],
         randomness: Callable[[int], bytes] = os.urandom,
         files: FileLayer | None = None,
         scrypt_cost_log2: int = COST_LOG2,
@@ -102,6 +104,7 @@ class PsrdTables:
         self._domain_id = domain_id
         self._own_id = own_id
         self._changed = changed
+        self._came = came
         self._randomness = randomness
         self._files = OsFiles() if files is None else files
         self._cost_log2 = scrypt_cost_log2
@@ -157,7 +160,8 @@ class PsrdTables:
 
         Raises:
             CallerError: sizes or file cannot be; this end imports from that peer.
-            UnavailableError: a disk is full, or the random source fails; nothing is issued.
+            UnavailableError: a disk is full, or the random source fails; nothing is issued. Or the
+                table is, and its file did not get its name.
         """
         header = self._plan(order, now_s)
         self._check_free(header.total_bytes)
@@ -172,6 +176,7 @@ class PsrdTables:
             await asyncio.to_thread(remove_partial, self._files, order.path)
             raise
         self._join(header, made, is_issued=True)
+        self._came()
         await asyncio.to_thread(name_courier, self._files, order.path)
         return self._record(header)
 
@@ -267,7 +272,7 @@ class PsrdTables:
             CallerError: not for this link, imported before, not the next one, truncated, another
                 version, wrong passphrase.
             IntegrityError: altered.
-            UnavailableError: the disk is full.
+            UnavailableError: the disk is full. Or the table is imported, and its file not wiped.
         """
         file = await asyncio.to_thread(open_courier, order.path)
         made = Made()
@@ -298,8 +303,14 @@ class PsrdTables:
             self._join(header, made, is_issued=False)
         self.reload()
         self._changed()
+        self._came()
         if order.wipe:
-            await asyncio.to_thread(wipe_courier, order.path)
+            try:
+                await asyncio.to_thread(wipe_courier, order.path)
+            except UnavailableError as error:
+                raise UnavailableError(
+                    f"the table is imported; {error.message}", reason=error.reason, facts=error.facts
+                ) from error
         return self._record(header)
 
     def _check_next(self, header: PsrdHeader) -> bool:
@@ -512,5 +523,6 @@ class PsrdTables:
         self._waiting = [one for one in self._waiting if one != record.transmit]
         self._discarded.append(record.transmit)
         self._changed()
+        self._came()
         await self._store.pads.remove(*files)
         return next(one for one in self.records() if one.table_id == table_id)

@@ -8,11 +8,13 @@ table is committed) and how it goes (overwritten, synced, unlinked). What is in 
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.errors import CallerError, ConfigError, ErrorReason, UnavailableError
 from mesh.sources.psrd_file import MAGIC, wipe_bytes
+from mesh.sources.randomness import open_at_once
 from mesh.store.failpoints import fail_at
 from mesh.store.files import File, FileLayer, OsFile, OsFiles
 
@@ -54,12 +56,15 @@ def read_passphrase(path: str) -> bytes | None:
     """The first line of a file; None for no file.
 
     Raises:
-        ConfigError: it cannot be read, or is empty.
+        ConfigError: it is no regular file, cannot be read, or is empty.
     """
     if not path:
         return None
     try:
-        lines = Path(path).read_bytes()[:_MAX_PASSPHRASE_BYTES].splitlines()
+        with open_at_once(Path(path)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError("passphrase_file: not a regular file", facts={"file": path})
+            lines = (file.read(_MAX_PASSPHRASE_BYTES) or b"").splitlines()
     except OSError as error:
         raise ConfigError(
             f"passphrase_file: cannot be read: {error.strerror}", facts={"file": path}

@@ -77,15 +77,15 @@ class PsrdDesk:
             UnavailableError: a disk or the random source fails; nothing is issued.
         """
         fed = self._fed(request.peer_kme_id)
-        order = IssueOrder(
-            request.to_client_bytes,
-            request.from_client_bytes,
-            Path(request.path),
-            read_passphrase(request.passphrase_file),
-        )
-        source = open_random(request.random_source)
 
         async def work(progress: Progress) -> TableRecord:
+            order = IssueOrder(
+                request.to_client_bytes,
+                request.from_client_bytes,
+                Path(request.path),
+                await asyncio.to_thread(read_passphrase, request.passphrase_file),
+            )
+            source = await asyncio.to_thread(open_random, request.random_source)
             try:
                 async with fed.lock:
                     now_s = int(self._now_s())
@@ -106,11 +106,10 @@ class PsrdDesk:
             UnavailableError: the disk is full; nothing is imported.
         """
         fed = self._fed(request.peer_kme_id)
-        order = ImportOrder(
-            Path(request.path), read_passphrase(request.passphrase_file), request.wipe_courier_file
-        )
 
         async def work(progress: Progress) -> TableRecord:
+            passphrase = await asyncio.to_thread(read_passphrase, request.passphrase_file)
+            order = ImportOrder(Path(request.path), passphrase, request.wipe_courier_file)
             async with fed.lock:
                 return await fed.tables.take(order, progress=progress)
 
@@ -126,7 +125,6 @@ class PsrdDesk:
         fed = self._fed(request.peer_kme_id)
         async with fed.lock:
             record = await fed.tables.discard(request.table_id)
-        fed.table_came()
         _LOG.warning("a table was discarded", extra=_facts(request.peer_kme_id, record))
         return _table(record)
 
@@ -175,7 +173,6 @@ class PsrdDesk:
                 record = await work(progress)
             finally:
                 self._busy.discard(peer)
-            fed.table_came()
             _LOG.info("a table came", extra=_facts(peer, record))
             return record
 

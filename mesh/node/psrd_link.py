@@ -95,6 +95,7 @@ class CourierFed(Ingest):
             domain_id=self.link.domain_id,
             own_id=self.link.own_id,
             changed=self.link.material_changed,
+            came=self._table_came,
             randomness=self.link.randomness,
         )
         self._learn()
@@ -135,7 +136,7 @@ class CourierFed(Ingest):
         self.tables.reload()
         self._learn()
 
-    def table_came(self) -> None:
+    def _table_came(self) -> None:
         """A table was issued, discarded or imported: let the other end know."""
         self._learn()
         if self.link.is_open:

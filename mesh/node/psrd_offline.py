@@ -105,6 +105,7 @@ async def _tables(config: NodeConfig, peer: str) -> AsyncIterator[PsrdTables]:
             domain_id=config.domain_id,
             own_id=config.kme_id,
             changed=_nobody,
+            came=_nobody,
             randomness=os.urandom,
         )
         tables.finish_couriers()

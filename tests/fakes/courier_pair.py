@@ -94,16 +94,13 @@ class CourierPair:
             await ingest.tables.issue(
                 IssueOrder(down, up, path), source or SystemRandom(), now_s=int(time.time())
             )
-        ingest.table_came()
         return path
 
     async def take(self, path: Path, *, wipe: bool = False) -> TableRecord:
         """Import a courier file at the client."""
         ingest = fed(self.client)
         async with ingest.lock:
-            record = await ingest.tables.take(ImportOrder(path, wipe=wipe))
-        ingest.table_came()
-        return record
+            return await ingest.tables.take(ImportOrder(path, wipe=wipe))
 
     async def bring(self, name: str, *, down: int = TABLE, up: int = TABLE) -> None:
         """Issue and import."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,11 +13,23 @@ from pathlib import Path
 import pytest
 
 from mesh.core.lane import ROOT_BYTES
-from mesh.errors import CallerError, ErrorReason, IntegrityError, MeshError, ShortageError, UnavailableError
+from mesh.errors import (
+    CallerError,
+    ConfigError,
+    ErrorReason,
+    IntegrityError,
+    MeshError,
+    ShortageError,
+    UnavailableError,
+)
 from mesh.node import psrd, psrd_rows
 from mesh.node.psrd_courier import ImportOrder, IssueOrder
+from mesh.node.psrd_desk import PsrdDesk
+from mesh.sources import randomness
 from mesh.sources.randomness import SystemRandom
 from mesh.store import failpoints
+from mesh.store.files import OsFiles
+from mesh.v1.admin_pb2 import IssuePsrdRequest
 from tests.fakes.courier_pair import POOL, TABLE, CourierPair, fed, tables_of
 from tests.fakes.link_sites import Site, proof_folder, send_share
 
@@ -76,7 +89,8 @@ async def test_every_byte_of_a_table_is_accounted_for(one: CourierPair) -> None:
 async def test_the_hub_writes_nothing_before_it_hears_that_the_client_has_the_table(one: CourierPair) -> None:
     """Protocol 2.1 for couriers: no byte is used while the file is on its way."""
     path = await one.issue("one.psrd")
-    await asyncio.sleep(0.3)
+    # The issue makes both ends greet again: they have, and no hello followed.
+    await one.until(lambda: any(stream.theirs is not None for stream in one.hub.link.streams))
     assert one.uses["hub"].ranges == []
     assert tables_of(one.hub).waiting_bytes == TABLE
     assert one.hub.link.lanes.tx.lane.usable_bytes == 0
@@ -274,6 +288,64 @@ async def test_wiping_upon_request(one: CourierPair) -> None:
     await one.take(path, wipe=True)
     assert not path.exists()
     await one.until_open()
+
+
+async def test_a_file_that_cannot_be_wiped_is_imported_all_the_same(pair: CourierPair) -> None:
+    path = await pair.issue("one.psrd")
+    stick = pair.couriers / "stick.psrd"
+    stick.symlink_to(path)  # opened for reading, refused for writing
+    with pytest.raises(UnavailableError, match=r"the table is imported; .* could not be wiped"):
+        await pair.take(stick, wipe=True)
+    assert path.exists()
+    await pair.until_open()
+
+
+async def test_a_table_whose_file_gets_no_name_is_issued_all_the_same(
+    pair: CourierPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(OsFiles, "rename", refuse)
+    with pytest.raises(UnavailableError, match=r"the table is issued, .* by hand"):
+        await pair.issue("one.psrd")
+    monkeypatch.undo()
+    (pair.couriers / "one.psrd.partial").rename(pair.couriers / "one.psrd")
+    await pair.take(pair.couriers / "one.psrd")
+    await pair.until_open()
+
+
+async def test_a_stalled_device_holds_up_neither_the_loop_nor_the_link_for_long(
+    one: CourierPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(randomness, "_STALL_S", 0.5)
+    device = one.root / "device"
+    os.mkfifo(device)
+    keeper = os.open(device, os.O_RDWR | os.O_NONBLOCK)
+    desk = PsrdDesk({one.client.name: one.hub.link}, asyncio.create_task)
+    order = IssuePsrdRequest(
+        peer_kme_id=one.client.name,
+        to_client_bytes=TABLE,
+        from_client_bytes=TABLE,
+        path=str(one.couriers / "one.psrd"),
+        random_source=str(device),
+    )
+
+    async def issue() -> None:
+        async for _ in desk.issue(order):
+            pass
+
+    issuing = asyncio.create_task(issue())
+    await one.until(fed(one.hub).lock.locked)
+    async with asyncio.timeout(5):
+        await one.hub.plane.reset_link(one.client.name)
+    with pytest.raises(UnavailableError, match="gave nothing"):
+        await issuing
+    os.close(keeper)
+    order.random_source, order.passphrase_file = "os", str(device)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        await issue()
+    assert list(one.couriers.iterdir()) == []
 
 
 # --- crashes -----------------------------------------------------------------------------

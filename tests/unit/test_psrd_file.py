@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from mesh.core.psrd import LaneSpan, LaneState, PsrdHeader, check_continues, check_parties
 from mesh.core.sizes import format_size, parse_size
 from mesh.errors import CallerError, ConfigError, ErrorReason, IntegrityError, MeshError, UnavailableError
+from mesh.node.psrd_courier import read_passphrase
+from mesh.sources import randomness
 from mesh.sources.psrd_file import CourierReader, CourierWriter, wipe_bytes
 from mesh.sources.randomness import DeviceRandom, SystemRandom, open_random
 from tests.fakes.courier import PASSPHRASE, MemoryFile, courier_of, header_of, read_all
@@ -264,4 +267,26 @@ def test_a_stuck_or_ended_device_is_refused(tmp_path: Path) -> None:
     assert source.read(64) not in (block, bytes(64))
     with pytest.raises(UnavailableError, match="repeats itself"):
         source.read(64)
+    os.close(keeper)
+
+
+def test_nothing_waits_for_a_pipe_or_a_device_that_stalls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_passphrase(str(pipe))
+    with pytest.raises(UnavailableError, match="ended"):
+        open_random(str(pipe)).read(64)
+    keeper = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    source = open_random(str(pipe))
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(source.read, 64)
+        source.close()
+        with pytest.raises(UnavailableError, match="was closed"):
+            reading.result(timeout=5)
+    monkeypatch.setattr(randomness, "_STALL_S", 0.05)
+    with pytest.raises(UnavailableError, match="gave nothing"):
+        open_random(str(pipe)).read(64)
     os.close(keeper)
