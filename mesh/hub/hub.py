@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from mesh.core.identity import Role
-from mesh.core.transfer import TransferHeader
+from mesh.core.transfer import TransferHeader, TransferId
 from mesh.errors import ConfigError, MeshError, PeerError
 from mesh.hub.config import HubConfig, build_policy, load_hub_config
 from mesh.hub.policy import PolicyHook
@@ -38,7 +38,7 @@ from mesh.v1.link_pb2 import ShareItem
 
 
 class HubRelay(Relay):
-    """A relay that asks the hub's policy first.
+    """A relay that asks the hub's policy before it spends; refused shares take no token of the source's.
 
     Args:
         policy: decides about each share.
@@ -72,13 +72,15 @@ class HubRelay(Relay):
             raise PeerError("a hub stands right behind its client")
         transfer = header.transfer
         try:
-            self._policy.check(transfer.source, transfer.target, len(value), self._around.monotonic_s())
             super().forward(header, item, value, next_hop)
         except MeshError as error:
             self._refused.labels(transfer.source, error.reason.value).inc()
             raise
         self._forwarded.labels(transfer.source).inc()
         self._bytes.labels(transfer.source).inc(len(value))
+
+    def _permit(self, transfer: TransferId, nbytes: int) -> None:
+        self._policy.check(transfer.source, transfer.target, nbytes, self._around.monotonic_s())
 
 
 class Hub(Node):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mesh.core.network import check_routes
-from mesh.core.transfer import TransferHeader, check_hop
+from mesh.core.transfer import TransferHeader, TransferId, check_hop
 from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError
 from mesh.node.appends import Appender
 from mesh.node.keyports import DocumentView, Surroundings
@@ -82,7 +82,9 @@ class Relay:
         link = self._links.link(next_hop)
         if link is None or not link.is_open:
             raise ShortageError("no open link to the next hop", reason=ErrorReason.NO_ROUTE)
-        self._charge(link, transfer.source, len(value), is_bulk=item.priority == 0)
+        spent = self._check_room(link, transfer.source, len(value), is_bulk=item.priority == 0)
+        self._permit(transfer, len(value))
+        spent.spent += len(value)
         onward = ShareItem(
             header=item.header,
             tag=item.tag,
@@ -105,7 +107,10 @@ class Relay:
                 next_hop=next_hop,
             )
 
-    def _charge(self, link: LinkPort, source: str, nbytes: int, *, is_bulk: bool) -> None:
+    def _permit(self, transfer: TransferId, nbytes: int) -> None:
+        """The last word, when nothing else stands in the way: what it counts is spent. Here nobody's."""
+
+    def _check_room(self, link: LinkPort, source: str, nbytes: int, *, is_bulk: bool) -> _Spent:
         """Whoever uses much leaves something for the others, and bulk something for keys on demand (3.9)."""
         now_s = self._around.monotonic_s()
         usable = link.status().transmit.usable
@@ -122,7 +127,7 @@ class Relay:
             raise ShortageError(
                 "the rest of the lane is kept for other sources", reason=ErrorReason.BUSY, retry_after_s=2.0
             )
-        spent.spent += nbytes
+        return spent
 
 
 class ShareRouter:
