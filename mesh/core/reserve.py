@@ -87,6 +87,8 @@ class OutboundReserve:
         self.epoch = epoch
         self.assign_mark = self.assign_position = assign_mark
         self.draw_mark = self.draw_position = draw_mark
+        # What an earlier run left under way is forfeited like what this one gives up.
+        self._forfeited_to = assign_mark
         self._in_flight: dict[int, _InFlight] = {}
         self._runs: list[tuple[int, int]] = []
         self._sealed: list[tuple[int, int]] = []
@@ -141,8 +143,10 @@ class OutboundReserve:
         return True
 
     def forfeit(self, first: int) -> None:
-        """Gives a transfer up; its slots stay holes (3.5)."""
-        self._in_flight.pop(first, None)
+        """Gives a transfer up; its slots stay holes (3.5), here: the target may hold them."""
+        entry = self._in_flight.pop(first, None)
+        if entry is not None:
+            self._forfeited_to = max(self._forfeited_to, first + entry.count)
 
     def restore(self, first: int, count: int, kind: SlotKind, used: RangeSet | None = None) -> None:
         """Brings back a confirmed append after a proven restart: undrawn keys, unused sealed slots."""
@@ -203,6 +207,13 @@ class OutboundReserve:
             raise ValueError("drawing below the position")
         self._pass(end)
 
+    @property
+    def spent_below(self) -> int:
+        """Below it every key slot is drawn or forfeited, and so none will be drawn."""
+        live = [first for first, entry in self._in_flight.items() if entry.kind is SlotKind.KEYS]
+        live += [start for start, _ in self._runs[:1]]
+        return max(self.draw_position, min([self._forfeited_to, *live]))
+
     def _pass(self, end: int) -> None:
         self.draw_position = max(self.draw_position, end)
         runs = self._runs
@@ -256,8 +267,9 @@ class OutboundReserve:
 class DrawClock:
     """When slots were drawn, in coarse steps: tells what a key lifetime allows to be retired (4.7).
 
-    Holds pairs (slot, time): everything below the slot was drawn by that time. Note the position at
-    draws and also now and then without one, or what a burst drew after its first point never expires.
+    Holds pairs (slot, time): everything below the slot was drawn or forfeited by that time. Note the
+    position at draws and also now and then without one, or what a burst drew after its first point
+    never expires.
 
     Args:
         step_s: least time between points.
@@ -273,7 +285,7 @@ class DrawClock:
         self._noted = max([retired_below, *(slot for slot, _ in self._points)])
 
     def note(self, position: int, now_s: float) -> list[tuple[int, float]]:
-        """Notes the draw position; returns points to make durable, a new one at most once per step.
+        """Notes below what all is spent; returns points to make durable, a new one at most once per step.
 
         What was noted while the clock had leapt forward was drawn by now at the latest: else it would
         live until that date, and no later point would be taken before it.

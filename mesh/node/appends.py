@@ -22,6 +22,7 @@ from mesh.core.transfer import (
     KEY_PART_BYTES,
     ConfirmMessage,
     SecretParts,
+    SlotKind,
     TransferHeader,
     TransferId,
     check_target,
@@ -48,6 +49,7 @@ _MAX_CHECKED_BYTES = 16 * 1024 * 1024
 #: A relay's queue lets a share go after ten seconds.
 _KEEP_S = 12.0
 _MAX_APPENDING_BYTES = 64 * 1024 * 1024
+_APART_SLOTS = 4096
 _CONFIRM_PAUSES_S = (0.2, 1.0, 3.0)
 _CONFIRM_TIMEOUT_S = 2.0
 _TAG_BYTES = 16
@@ -207,8 +209,7 @@ class Appender:
         header = verified.header
         source, epoch = header.transfer.source, header.transfer.epoch
         applied = self._open_attachment(header, parts)
-        if self._reserves.held_inbound_slots(source) + header.slot_count > self._max_slots:
-            raise ShortageError("the source's reserve is full here", reason=ErrorReason.LIMIT_EXCEEDED)
+        self._check_room(header)
         book = self._reserves.inbound(source, epoch)
         if book is not None and self._reserves.highest_inbound(source) == epoch:
             return await self._write(verified, parts, applied, book)
@@ -216,6 +217,29 @@ class Appender:
             opens = applied.opens if applied else None
             check_append_epoch(epoch, self._reserves.highest_inbound(source), opens=opens)
             return await self._write(verified, parts, applied, self._reserves.inbound(source, epoch))
+
+    def _check_room(self, header: TransferHeader) -> None:
+        """Bounds what a source may have lying here (3.9).
+
+        Sealed slots and the opening of an epoch have some room apart: a retire comes in such slots, and
+        without it what is full would stay full.
+        """
+        source = header.transfer.source
+        sealed = sum(book.slots.held_sealed_slots for book in self._reserves.inbound_books(source))
+        sealed += header.slot_count if header.kind is SlotKind.SEALED else 0
+        held = self._reserves.held_inbound_slots(source) + header.slot_count - min(sealed, _APART_SLOTS)
+        opens = self._reserves.inbound(source, header.transfer.epoch) is None
+        alarm = f"reserve/{source}/full"
+        if held > self._max_slots + (_APART_SLOTS if opens else 0):
+            self._around.alarms.raise_alarm(
+                alarm,
+                "warning",
+                "as many keys of this source as it may have lie here unused: no more are taken",
+                "see whether their slaves fetch them, and whether the two nodes can call each other",
+            )
+            raise ShortageError("the source's reserve is full here", reason=ErrorReason.LIMIT_EXCEEDED)
+        if held <= self._max_slots - self._max_slots // 8:
+            self._around.alarms.clear(alarm)
 
     def _open_attachment(self, header: TransferHeader, parts: SecretParts) -> Applied | None:
         if not header.attachment:

@@ -26,7 +26,7 @@ from mesh.core.transfer import (
     transfer_tag,
 )
 from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, TagMismatchError, UnavailableError
-from mesh.node.keyports import PeerCaller, Surroundings
+from mesh.node.keyports import DocumentView, PeerCaller, Surroundings
 from mesh.node.outbound import OutboundBook
 from mesh.node.paths import Path, Paths
 from mesh.node.ports import Claim
@@ -69,6 +69,7 @@ class Establisher:
         around: Surroundings,
         *,
         paths: Paths,
+        directory: DocumentView,
         reserves: Reserves,
         peers: PeerCaller,
         tasks: Background,
@@ -77,6 +78,7 @@ class Establisher:
     ) -> None:
         self._around = around
         self._paths = paths
+        self._directory = directory
         self._reserves = reserves
         self._watch = watch
         self._peers = peers
@@ -97,7 +99,7 @@ class Establisher:
         or sealed with it, and the next establish opens an epoch. On the path of every draw.
         """
         book = self._reserves.outbound.get(target)
-        document = self._paths.document_in_force
+        document = self._directory.document
         if book is None or document is None:
             return None
         if book.granted_by is not document:

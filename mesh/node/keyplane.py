@@ -56,6 +56,8 @@ from mesh.v1.keys_pb2 import KeyByIdRequest, KeyRequest, Level, StatusRequest, S
 
 _EXPIRE_EVERY_S = 2.0
 _RETIRE_EVERY_S = 30.0
+# For the way back, and for what one element takes beyond its own time.
+_ANSWER_MARGIN_S = 0.5
 _WATCH_EVERY_S = 0.5
 _MAX_PAIRS = 16_384
 _MAX_PREFILL_CHECKS = 100_000
@@ -181,6 +183,7 @@ class KeyPlane:
         self.establisher = Establisher(
             around,
             paths=paths,
+            directory=directory,
             reserves=self.reserves,
             peers=peers,
             tasks=self.tasks,
@@ -440,10 +443,13 @@ class KeyPlane:
 
     # delivering
 
-    async def get_keys(self, requests: Sequence[KeyRequest]) -> list[Delivered]:
+    async def get_keys(
+        self, requests: Sequence[KeyRequest], *, timeout_s: float | None = None
+    ) -> list[Delivered]:
         """Keys for masters: one result per request, in order; one failure touches no other.
 
-        Requests that the reserves can answer are answered without any wait.
+        Requests that the reserves can answer are answered without any wait, the others before
+        ``timeout_s``: a caller that no longer waits would lose what was drawn for all of them.
         """
         results: list[Delivered | None] = []
         waiting: list[tuple[int, _Admitted]] = []
@@ -458,10 +464,17 @@ class KeyPlane:
                 result = self._refused("draw", exc, request.request_id)
             results.append(result)
         if waiting:
-            outcomes = await asyncio.gather(*(self._deliver(admitted) for _, admitted in waiting))
+            outcomes = await asyncio.gather(
+                *(self._deliver(admitted, self._limit_s(timeout_s)) for _, admitted in waiting)
+            )
             for (index, _), outcome in zip(waiting, outcomes, strict=True):
                 results[index] = outcome
         return [result for result in results if result is not None]
+
+    def _limit_s(self, timeout_s: float | None) -> float:
+        """How long one request may take so that the answer for all still reaches a caller who waits so long."""
+        own_s = self._config.request_timeout_s
+        return own_s if timeout_s is None else min(own_s, max(timeout_s - _ANSWER_MARGIN_S, timeout_s / 2))
 
     def _deliver_now(self, admitted: _Admitted) -> DeliveredKeys | None:
         peer = admitted.single_peer
@@ -475,16 +488,15 @@ class KeyPlane:
             return None
         return DeliveredKeys(keys, self.reserves.outbound[peer].grade)
 
-    async def _deliver(self, admitted: _Admitted) -> Delivered:
+    async def _deliver(self, admitted: _Admitted, timeout_s: float) -> Delivered:
         with serving(clean_request_id(admitted.request.request_id)):
-            return await self._deliver_served(admitted)
+            return await self._deliver_served(admitted, timeout_s)
 
-    async def _deliver_served(self, admitted: _Admitted) -> Delivered:
+    async def _deliver_served(self, admitted: _Admitted, timeout_s: float) -> Delivered:
         request = admitted.request
         peer = admitted.single_peer
-        timeout_s = self._config.request_timeout_s
         try:
-            async with asyncio.timeout(timeout_s + 0.5):
+            async with asyncio.timeout(timeout_s + min(_ANSWER_MARGIN_S, timeout_s) / 2):
                 if (border := admitted.single_border) is not None:
                     keys, grade = await self.foreign.deliver(
                         request.master_sae_id,
@@ -530,11 +542,14 @@ class KeyPlane:
         _LOG.info("keys refused", extra={**facts, "cause": error.message})
         return error
 
-    async def get_keys_by_id(self, requests: Sequence[KeyByIdRequest]) -> list[Delivered]:
+    async def get_keys_by_id(
+        self, requests: Sequence[KeyByIdRequest], *, timeout_s: float | None = None
+    ) -> list[Delivered]:
         """Keys for slaves by ID: one result per request, in order; all share one durable commit."""
-        return list(await asyncio.gather(*(self._redeem(request) for request in requests)))
+        limit_s = self._limit_s(timeout_s)
+        return list(await asyncio.gather(*(self._redeem(request, limit_s) for request in requests)))
 
-    async def _redeem(self, request: KeyByIdRequest) -> Delivered:
+    async def _redeem(self, request: KeyByIdRequest, timeout_s: float) -> Delivered:
         try:
             document = self._document()
             slave, master = request.slave_sae_id, request.master_sae_id
@@ -551,7 +566,7 @@ class KeyPlane:
                     reason=ErrorReason.LIMIT_EXCEEDED,
                     facts={"field": "key_IDs", "at_most": self._config.limits.max_keys_per_request},
                 )
-            async with asyncio.timeout(self._config.request_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 keys, grade = await self.redeemer.redeem(document, slave, master, request.key_ids)
         except MeshError as exc:
             return self._refused("redeem", exc, request.request_id)

@@ -279,14 +279,20 @@ class OutboundBook:
     def _after_draw(self, end: int, now_s: float) -> None:
         if self.slots.draw_mark - end < DRAW_STRIDE_SLOTS // 2:
             self._move_soon(end + DRAW_STRIDE_SLOTS // 2)
-        self.note_drawn(now_s)
+        self._note(self.slots.draw_position, now_s)
         segments = self._segments[SlotKind.KEYS]
         while segments and segments[0].stop <= end:
             self._drop(segments[0])
 
-    def note_drawn(self, now_s: float) -> None:
-        """Notes what is drawn by now for the key lifetime; ``now_s`` is never held back."""
-        for slot, at_s in self.clock.note(self.slots.draw_position, now_s):
+    def note_spent(self, now_s: float) -> None:
+        """Notes what is drawn or forfeited by now for the key lifetime: the target may hold either.
+
+        ``now_s`` is never held back.
+        """
+        self._note(self.slots.spent_below, now_s)
+
+    def _note(self, position: int, now_s: float) -> None:
+        for slot, at_s in self.clock.note(position, now_s):
             self._later(partial(_put_draw_time, self.reserve_id, slot, int(at_s)))
 
     def _read(self, span: Range) -> tuple[bytes, bytes]:

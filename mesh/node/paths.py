@@ -62,11 +62,6 @@ class Paths:
         self._watch = watch
         self._lane_floor_bytes = lane_floor_bytes
 
-    @property
-    def document_in_force(self) -> NetworkDocument | None:
-        """The document in force, if there is one yet."""
-        return self._directory.document
-
     def document(self) -> NetworkDocument:
         """The document in force.
 

@@ -53,7 +53,7 @@ class Retirer:
             _LOG.info("retire failed", extra={"peer": peer, "cause": str(exc)})
 
     async def _retire_current(self, book: OutboundBook) -> None:
-        book.note_drawn(self._expiry.wall_s)
+        book.note_spent(self._expiry.wall_s)
         expired = book.clock.expired_below(self._expiry.now_s, self._lifetime_s)
         due = self._due[book.reserve_id] = max(self._due.get(book.reserve_id, 0), expired)
         bounds = [self._jobs.lowest_unanswered(book.peer, book.epoch), book.slots.lowest_sealed_in_flight]

@@ -571,7 +571,38 @@ async def test_3_9_a_source_cannot_fill_the_target_without_end(tmp_path: Path) -
         with pytest.raises(MeshError):
             await network.get("sae-a", "sae-c")
         assert appended(network, "kme-c") == 10
+        opened = network.sites["kme-c"].alarms
+        assert [alarm.alarm_id for alarm in opened.open_alarms()] == ["reserve/kme-a/full"]
         drawn = await network.get("sae-b", "sae-c")
         assert (await network.redeem("sae-c", "sae-b", [drawn.keys[0][0]])).keys == drawn.keys
+        # The retire finds room, and what nobody fetched makes some.
+        network.clock.offset_s += network.config.key_lifetime_s + 1
+        await network.plane("kme-a").retirer.run_once()
+        await network.get("sae-a", "sae-c")
+        await network.get("sae-a", "sae-c")
+        assert not opened.open_alarms()
+    finally:
+        await network.stop()
+
+
+async def test_3_9_what_a_target_holds_and_its_source_gave_up_is_let_go(tmp_path: Path) -> None:
+    """The way back is cut: transfer after transfer lies at the target, the source never learns of one."""
+    network = KeyNetwork(tmp_path, LINE, config=replace(HASTY, request_timeout_s=1.0))
+    network.config = replace(network.config, inbound_max_bytes=32 * 20)
+    await network.start()
+    try:
+        network.on_call = lambda kind, *_: kind not in ("confirm", "query")
+        for _ in range(3):
+            with pytest.raises(MeshError):
+                await network.get("sae-a", "sae-c", 10)
+        assert network.plane("kme-c").reserves.held_inbound_slots("kme-a") == 20
+        network.on_call = lambda *_: True
+        with pytest.raises(MeshError):
+            await network.get("sae-a", "sae-c")
+        for _ in range(2):
+            await network.plane("kme-a").retirer.run_once()
+            network.clock.offset_s += network.config.key_lifetime_s + 1
+        drawn = await network.get("sae-a", "sae-c", 10)
+        assert (await network.redeem("sae-c", "sae-a", [drawn.keys[0][0]])).keys == drawn.keys[:1]
     finally:
         await network.stop()

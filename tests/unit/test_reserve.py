@@ -91,6 +91,30 @@ def test_forfeited_and_unknown_transfers_cannot_be_confirmed() -> None:
     assert reserve.assign(1, KEYS) == 4
 
 
+def test_what_is_forfeited_is_spent_up_to_the_first_slot_that_may_still_be_drawn() -> None:
+    reserve = OutboundReserve(0)
+    reserve.raise_assign_mark(100)
+    reserve.raise_draw_mark(100)
+    for _ in range(5):
+        reserve.assign(10, SlotKind.KEYS)
+    assert reserve.spent_below == 0
+    reserve.forfeit(0)
+    assert reserve.spent_below == 10
+    reserve.confirm(10)
+    reserve.forfeit(20)
+    assert reserve.spent_below == 10
+    reserve.draw([Range(10, 12)])
+    assert reserve.spent_below == 12
+    reserve.draw([Range(12, 20)])
+    assert reserve.spent_below == 30
+    reserve.forfeit(40)
+    assert reserve.spent_below == 30
+    reserve.forfeit(30)
+    assert reserve.spent_below == 50
+    # What a run left under way is forfeited by the next.
+    assert OutboundReserve(0, assign_mark=100, draw_mark=20).spent_below == 100
+
+
 def test_a_stale_plan_is_refused() -> None:
     reserve = outbound()
     confirmed(reserve, 4)
