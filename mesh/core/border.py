@@ -79,9 +79,9 @@ class Inbound(StrEnum):
     RELAYED = "relayed"
     """Every target's key manager holds it."""
     FAILING = "failing"
-    """It could not reach all targets; those that may have it must void it."""
+    """It could not reach all targets, and the peer is told so; those that may have it must void it."""
     FAILED = "failed"
-    """No target has it: a tombstone."""
+    """No target has it (or one handed it out before its void came): a tombstone."""
     VOIDING = "voiding"
     """The targets must void it."""
     RECALLING = "recalling"
@@ -271,11 +271,17 @@ INBOUND: Machine[Inbound, InboundEvent] = Machine(
     "inbound",
     [
         ((_I.HELD,), (_F.REPEATED, _F.ACK_LOST), None, ()),
-        # The bytes stay a while: a repeated request must be compared with them.
-        ((_I.HELD,), (_F.CARRIED,), _I.RELAYED, (_A.ACK_RELAYED,)),
+        ((_I.HELD,), (_F.CARRIED,), _I.RELAYED, (_A.WIPE, _A.ACK_RELAYED)),
         ((_I.HELD,), (_F.NOT_CARRIED_CLEAN,), _I.FAILED, (_A.WIPE, _A.ACK_FAILED)),
-        ((_I.HELD,), (_F.NOT_CARRIED,), _I.FAILING, (_A.WIPE, _A.VOID_TARGETS)),
-        ((_I.HELD,), (_F.RECALL,), _I.FAILING, (_A.WIPE, _A.VOID_TARGETS, _A.REPORT_VOIDED)),
+        # A target that does not answer may answer its void much later: nobody waits for that. The peer
+        # voids what failed, and hears then whether a target had handed it out meanwhile.
+        ((_I.HELD,), (_F.NOT_CARRIED,), _I.FAILING, (_A.WIPE, _A.VOID_TARGETS, _A.ACK_FAILED)),
+        (
+            (_I.HELD,),
+            (_F.RECALL,),
+            _I.FAILING,
+            (_A.WIPE, _A.VOID_TARGETS, _A.ACK_FAILED, _A.REPORT_VOIDED),
+        ),
         ((_I.HELD,), (_F.PEER_VOID,), _I.VOIDING, (_A.WIPE, _A.VOID_TARGETS)),
         ((_I.RELAYED,), (_F.REPEATED,), None, (_A.ACK_RELAYED,)),
         ((_I.RELAYED,), (*_CARRY, *_PEER_ANSWERS), None, ()),
@@ -283,11 +289,12 @@ INBOUND: Machine[Inbound, InboundEvent] = Machine(
         # Its master may have the key: an ack that was heard and answered by nothing is lost, too.
         ((_I.RELAYED,), (_F.ACK_LOST,), _I.DISPUTED, ()),
         ((_I.RELAYED,), (_F.RECALL,), _I.RECALLING, (_A.WIPE,)),
-        ((_I.FAILING,), (_F.TARGETS_VOIDED,), _I.FAILED, (_A.ACK_FAILED,)),
-        ((_I.FAILING,), (_F.TARGETS_KEPT,), _I.FAILED, (_A.ACK_FAILED, _A.ALARM)),
+        ((_I.FAILING,), (_F.TARGETS_VOIDED,), _I.FAILED, ()),
+        ((_I.FAILING,), (_F.TARGETS_KEPT,), _I.FAILED, (_A.ALARM,)),
+        ((_I.FAILING,), (_F.REPEATED,), None, (_A.ACK_FAILED,)),
         ((_I.FAILING,), (_F.PEER_VOID,), _I.VOIDING, ()),
         ((_I.FAILING,), (_F.RECALL,), None, (_A.REPORT_VOIDED,)),
-        ((_I.FAILING,), (*_CARRY, _F.REPEATED, _F.ACK_LOST), None, ()),
+        ((_I.FAILING,), (*_CARRY, _F.ACK_LOST), None, ()),
         ((_I.FAILED,), (_F.REPEATED,), None, (_A.ACK_FAILED,)),
         # What failed here may still be voiding further on.
         ((_I.FAILED,), (_F.PEER_VOID,), _I.VOIDING, (_A.VOID_TARGETS,)),

@@ -146,8 +146,9 @@ class BorderConfig:
         void_give_up_s: a void that is not confirmed for so long ends in an alarm.
         void_repeat_s: a void that was taken and is not acked is posted again after this time.
         max_targets: SAEs of one association, initiator not counted.
-        max_open_keys: keys of one peer about which anything is remembered.
-        keep_s: tombstones are kept this long.
+        max_open_keys: keys under way with one peer, each direction for itself.
+        max_settled_keys: settled keys of one peer that are remembered; the oldest are forgotten first.
+        keep_s: settled keys are remembered this long.
     """
 
     gateways: frozenset[str] = frozenset()
@@ -160,6 +161,7 @@ class BorderConfig:
     max_targets: int = 9
     max_key_bytes: int = 8192
     max_open_keys: int = 200_000
+    max_settled_keys: int = 2_000_000
     keep_s: float = 2 * 86_400.0
 
     def peer(self, kme_id: str) -> Peer | None:

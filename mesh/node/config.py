@@ -162,9 +162,11 @@ class BorderSection(_Section, frozen=True, kw_only=True):
     # A void that was taken and is not acked is posted again.
     void_repeat_s: _Seconds = 10.0
     max_targets: Annotated[int, msgspec.Meta(ge=1, le=64)] = 9
-    # Keys of one peer about which anything is remembered, tombstones included.
+    # Keys under way with one peer, each direction for itself.
     max_open_keys: _Positive = 200_000
-    # How long tombstones are kept.
+    # Settled keys of one peer that are remembered; beyond, the oldest are forgotten early.
+    max_settled_keys: _Positive = 2_000_000
+    # How long a settled key is remembered: at least twice reserves.key_lifetime_s.
     keep_s: _Seconds = 172_800.0
 
 
@@ -288,6 +290,21 @@ def _check_border(config: NodeConfig) -> None:
             check_sae_id(prefix, field=f"border.peers[{index}].prefixes")
     if len(set(ids)) != len(ids) or config.kme_id in ids:
         raise CallerError("border.peers: give each peer a kme_id of its own, and not this node's")
+    claims = sorted((prefix, peer.kme_id) for peer in config.border.peers for prefix in peer.prefixes)
+    for at, (prefix, kme_id) in enumerate(claims):
+        for other, other_id in claims[at + 1 :]:
+            if not other.startswith(prefix):
+                break
+            if other_id != kme_id:
+                raise CallerError(
+                    f"border.peers: prefix {other!r} of {other_id} overlaps {prefix!r} of {kme_id}; "
+                    "an SAE lives behind one peer"
+                )
+    if config.border.keep_s < 2 * config.reserves.key_lifetime_s:
+        raise CallerError(
+            "border.keep_s: must be at least twice reserves.key_lifetime_s, "
+            "or a key outlives the memory of it"
+        )
 
 
 def _check_together(config: NodeConfig, path: Path) -> None:

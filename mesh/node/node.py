@@ -241,6 +241,7 @@ def border_config(config: NodeConfig) -> BorderConfig | None:
         max_targets=border.max_targets,
         max_key_bytes=config.limits.max_key_size_bits // 8,
         max_open_keys=border.max_open_keys,
+        max_settled_keys=border.max_settled_keys,
         keep_s=border.keep_s,
     )
 

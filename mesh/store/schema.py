@@ -74,22 +74,41 @@ CREATE TABLE border_exchanges (
     exchange_id BLOB PRIMARY KEY, is_outbound INTEGER NOT NULL, peer TEXT NOT NULL, initiator TEXT NOT NULL,
     targets TEXT NOT NULL, callback TEXT NOT NULL, owner TEXT NOT NULL, source TEXT NOT NULL,
     source_job BLOB NOT NULL, extension BLOB NOT NULL, give_up_ms INTEGER NOT NULL,
-    created_s INTEGER NOT NULL) STRICT;
+    created_s INTEGER NOT NULL, settled_s INTEGER NOT NULL) STRICT;
 CREATE INDEX border_exchanges_by_source ON border_exchanges (source_job);
+CREATE INDEX border_exchanges_open ON border_exchanges (is_outbound, give_up_ms) WHERE settled_s = 0;
+CREATE INDEX border_exchanges_settled ON border_exchanges (peer, settled_s) WHERE settled_s > 0;
 CREATE INDEX border_exchanges_by_association ON border_exchanges (peer, initiator, targets);
 CREATE TABLE border_keys (
     is_outbound INTEGER NOT NULL, peer TEXT NOT NULL, key_id BLOB NOT NULL, exchange_id BLOB NOT NULL,
-    state TEXT NOT NULL, value BLOB NOT NULL, extension BLOB NOT NULL, acked TEXT NOT NULL,
-    void_callback TEXT NOT NULL, is_void_asked INTEGER NOT NULL, is_peer_void INTEGER NOT NULL,
-    is_kept INTEGER NOT NULL, revivals INTEGER NOT NULL,
+    state TEXT NOT NULL, value BLOB NOT NULL, value_mac BLOB NOT NULL, extension BLOB NOT NULL,
+    acked TEXT NOT NULL, void_callback TEXT NOT NULL, is_void_asked INTEGER NOT NULL,
+    is_peer_void INTEGER NOT NULL, is_kept INTEGER NOT NULL, revivals INTEGER NOT NULL,
     PRIMARY KEY (key_id, peer, is_outbound)) STRICT;
 CREATE INDEX border_keys_by_exchange ON border_keys (exchange_id);
-CREATE INDEX border_keys_by_state ON border_keys (is_outbound, state);
+CREATE TABLE border_counts (
+    is_outbound INTEGER NOT NULL, peer TEXT NOT NULL, state TEXT NOT NULL, count INTEGER NOT NULL,
+    PRIMARY KEY (peer, is_outbound, state)) STRICT, WITHOUT ROWID;
+CREATE TRIGGER border_keys_put AFTER INSERT ON border_keys BEGIN
+    INSERT INTO border_counts VALUES (NEW.is_outbound, NEW.peer, NEW.state, 1)
+        ON CONFLICT DO UPDATE SET count = count + 1;
+END;
+CREATE TRIGGER border_keys_moved AFTER UPDATE OF state ON border_keys WHEN NEW.state != OLD.state BEGIN
+    UPDATE border_counts SET count = count - 1
+        WHERE peer = OLD.peer AND is_outbound = OLD.is_outbound AND state = OLD.state;
+    INSERT INTO border_counts VALUES (NEW.is_outbound, NEW.peer, NEW.state, 1)
+        ON CONFLICT DO UPDATE SET count = count + 1;
+END;
+CREATE TRIGGER border_keys_forgotten AFTER DELETE ON border_keys BEGIN
+    UPDATE border_counts SET count = count - 1
+        WHERE peer = OLD.peer AND is_outbound = OLD.is_outbound AND state = OLD.state;
+END;
 CREATE TABLE border_posts (
     job_id BLOB PRIMARY KEY, kind TEXT NOT NULL, exchange_id BLOB NOT NULL, peer TEXT NOT NULL,
     url TEXT NOT NULL, status TEXT NOT NULL, initiator TEXT NOT NULL, targets TEXT NOT NULL,
     key_ids BLOB NOT NULL, give_up_ms INTEGER NOT NULL) STRICT;
 CREATE INDEX border_posts_by_exchange ON border_posts (exchange_id);
+CREATE INDEX border_posts_by_time ON border_posts (give_up_ms);
 CREATE TABLE border_carries (
     exchange_id BLOB NOT NULL, place TEXT NOT NULL, targets TEXT NOT NULL, state TEXT NOT NULL,
     PRIMARY KEY (exchange_id, place)) STRICT, WITHOUT ROWID;
@@ -97,6 +116,7 @@ CREATE TABLE border_calls (
     call_id INTEGER PRIMARY KEY AUTOINCREMENT, purpose TEXT NOT NULL, exchange_id BLOB NOT NULL,
     kme TEXT NOT NULL, key_ids BLOB NOT NULL, job_id BLOB) STRICT;
 CREATE INDEX border_calls_by_exchange ON border_calls (exchange_id);
+CREATE INDEX border_calls_by_job ON border_calls (job_id);
 CREATE TABLE border_reports (
     source TEXT NOT NULL, job_id BLOB NOT NULL, open_ids BLOB NOT NULL, kept_ids BLOB NOT NULL,
     PRIMARY KEY (source, job_id)) STRICT;

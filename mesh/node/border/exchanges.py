@@ -6,11 +6,19 @@ Owns idempotence by key_ID (the same key again is welcome, anything else under i
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from mesh.core.border import HOLDING_INBOUND, HOLDING_OUTBOUND, Inbound, InboundEvent, Outbound
+from mesh.core.border import (
+    HOLDING_INBOUND,
+    HOLDING_OUTBOUND,
+    SETTLED_INBOUND,
+    SETTLED_OUTBOUND,
+    Inbound,
+    InboundEvent,
+    Outbound,
+)
 from mesh.core.border_rules import Association, BorderConfig, Peer, Problem, portions
 from mesh.errors import ErrorReason, ShortageError
 from mesh.node.border.ledger import Ledger
@@ -20,6 +28,8 @@ from mesh.node.keyports import Surroundings
 from mesh.store.tables import BorderKeyRow, CarryRow, ExchangeRow, KeyState, StoredKeyRow, Tables
 
 GRADE = "etsi020"
+_SETTLED = {True: SETTLED_OUTBOUND, False: SETTLED_INBOUND}
+_MAC_KEY, _MAC_BYTES = "border_mac_key", 16
 
 
 class Exchanges:
@@ -32,30 +42,35 @@ class Exchanges:
         self._config = config
         self._document = document
         self._lifetime_s = lifetime_s
-        self._remembered: Counter[str] = Counter()
 
-    def count(self, tables: Tables) -> None:
-        """Counts what is remembered of each peer: at start-up, and when old things were forgotten."""
-        self._remembered.clear()
-        for (_, peer, _), number in tables.border.count_states().items():
-            self._remembered[peer] += number
+    def has_room(self, tables: Tables, peers: Iterable[str], count: int) -> bool:
+        """Whether so many more keys may be under way towards each of these peers."""
+        return all(self._room(tables, peer, is_outbound=True) >= count for peer in peers)
 
-    @property
-    def remembers(self) -> bool:
-        """Whether anything is remembered of any peer."""
-        return self._remembered.total() > 0
+    def _room(self, tables: Tables, peer: str, *, is_outbound: bool) -> int:
+        counts = tables.border.count_of(peer).items()
+        ours = [(state, number) for (way, state), number in counts if way is is_outbound]
+        unsettled = sum(number for state, number in ours if state not in _SETTLED[is_outbound])
+        return self._config.max_open_keys - unsettled
 
-    def check_room(self, peer: str, count: int) -> None:
-        """Bounds what one peer may make us remember.
+    def check_room(self, tables: Tables, peer: str, count: int, *, is_outbound: bool) -> None:
+        """Bounds what is under way with one peer, each direction for itself, and what is remembered.
 
         Raises:
             ShortageError: BUSY.
         """
-        if self._remembered[peer] + count > self._config.max_open_keys:
+        if self._room(tables, peer, is_outbound=is_outbound) < count:
             raise ShortageError(
-                "too many keys of this peer are remembered here", reason=ErrorReason.BUSY, retry_after_s=30.0
+                "too many keys are under way with this peer", reason=ErrorReason.BUSY, retry_after_s=30.0
             )
-        self._remembered[peer] += count
+        self.bound_memory(tables, peer, count)
+
+    def bound_memory(self, tables: Tables, peer: str, count: int) -> None:
+        """Forgets the oldest settled keys of a peer where so many more would be too many."""
+        counts = tables.border.count_of(peer).items()
+        settled = sum(number for (way, state), number in counts if state in _SETTLED[way])
+        if (excess := settled + count - self._config.max_settled_keys) > 0:
+            tables.border.forget_settled(peer, int(self._around.now_s()) + 1, excess)
 
     def begin(
         self,
@@ -70,8 +85,10 @@ class Exchanges:
         source: str = "",
         source_job: bytes = b"",
         extension: bytes = b"",
+        is_settled: bool = False,
     ) -> ExchangeRow:
         """A new exchange without keys."""
+        created_s = int(self._around.now_s())
         exchange = ExchangeRow(
             exchange_id=self._around.randomness(16),
             is_outbound=is_outbound,
@@ -84,7 +101,8 @@ class Exchanges:
             source_job=source_job,
             extension=extension,
             give_up_ms=give_up_ms,
-            created_s=int(self._around.now_s()),
+            created_s=created_s,
+            settled_s=created_s if is_settled else 0,
         )
         ledger.tables.border.put_exchange(exchange)
         return exchange
@@ -111,7 +129,8 @@ class Exchanges:
         """
         border = ledger.tables.border
         known = {key.key_id: border.everywhere(key.key_id) for key in keys}
-        is_held = any(_is_holding(row) for rows in known.values() for row in rows)
+        # Of other peers' keys no answer tells anything.
+        is_held = any(_is_holding(row, peer.kme_id) for rows in known.values() for row in rows)
         if isinstance(places, Refused):
             raise places.holding() if is_held else places
         for key in keys:
@@ -136,12 +155,12 @@ class Exchanges:
             if own is None:
                 fresh.append(key)
                 continue
-            _check_repeated(ledger, own, association, key, is_held=is_held)
+            self._check_repeated(ledger, own, association, key, is_held=is_held)
             # The latest request says where its results go; without a URL somebody waits for them.
             ledger.redirect(own.exchange_id, callback)
             ledger.inbound(own, InboundEvent.REPEATED)
         if fresh:
-            self.check_room(peer.kme_id, len(fresh))
+            self.check_room(ledger.tables, peer.kme_id, len(fresh), is_outbound=False)
             for part in portions(fresh, [len(key.value) for key in fresh]):
                 self._store(
                     ledger, peer, association, part, callback=callback, extension=extension, places=places
@@ -170,7 +189,14 @@ class Exchanges:
         )
         rows = [
             BorderKeyRow(
-                False, peer.kme_id, key.key_id, exchange.exchange_id, Inbound.HELD, key.value, key.extension
+                False,
+                peer.kme_id,
+                key.key_id,
+                exchange.exchange_id,
+                Inbound.HELD,
+                key.value,
+                key.extension,
+                value_mac=self._mac(ledger.tables, key),
             )
             for key in keys
         ]
@@ -247,8 +273,10 @@ class Exchanges:
 
         Raises:
             CallerError: a key_ID was handed to this peer before.
+            ShortageError: BUSY.
         """
         border = ledger.tables.border
+        self.check_room(ledger.tables, onward, len(keys), is_outbound=True)
         for part in portions(keys, [len(key.value) for key in keys]):
             exchange = self.begin(
                 ledger,
@@ -269,35 +297,43 @@ class Exchanges:
                 )
             ledger.post_keys(exchange)
 
-    def holds(self, tables: Tables, key_ids: Iterable[bytes]) -> bool:
-        """Whether anything is held for any of these keys, from whomever."""
-        return any(_is_holding(row) for key_id in key_ids for row in tables.border.everywhere(key_id))
+    def holds(self, tables: Tables, peer: str, key_ids: Iterable[bytes]) -> bool:
+        """Whether anything is held from, or for, this peer under any of these key_IDs."""
+        return any(_is_holding(row, peer) for key_id in key_ids for row in tables.border.everywhere(key_id))
+
+    def _check_repeated(
+        self, ledger: Ledger, row: BorderKeyRow, association: Association, key: Arrival, *, is_held: bool
+    ) -> None:
+        """The same key again is welcome; anything else under its key_ID is not.
+
+        Raises:
+            Refused: HELD or VOIDED.
+        """
+        if row.state in (Inbound.VOIDED, Inbound.VOIDING, Inbound.RECALLING, Inbound.DISPUTED):
+            raise Refused(
+                Problem.VOIDED, "a key_id was voided: use fresh keys", is_held=is_held, field="keys.key_id"
+            )
+        exchange = ledger.exchange(row.exchange_id)
+        is_same = (exchange.initiator, exchange.targets) == (association.initiator, association.targets)
+        if not is_same or not hmac.compare_digest(row.value_mac, self._mac(ledger.tables, key)):
+            raise Refused(
+                Problem.HELD,
+                "a key_id is held with other bytes or another association",
+                is_held=is_held,
+                field="keys.key_id",
+            )
+
+    def _mac(self, tables: Tables, key: Arrival) -> bytes:
+        """What a request that comes again is compared with once the bytes are gone.
+
+        A row alone tells nothing: the key of the code is a fact of its own, made at the first use.
+        """
+        secret = tables.meta.get(_MAC_KEY)
+        if secret is None:
+            secret = self._around.randomness(32)
+            tables.meta.put(_MAC_KEY, secret)
+        return hashlib.blake2b(key.key_id + key.value, key=secret, digest_size=_MAC_BYTES).digest()
 
 
-def _is_holding(row: BorderKeyRow) -> bool:
-    return row.state in (HOLDING_OUTBOUND if row.is_outbound else HOLDING_INBOUND)
-
-
-def _check_repeated(
-    ledger: Ledger, row: BorderKeyRow, association: Association, key: Arrival, *, is_held: bool
-) -> None:
-    """The same key again is welcome; anything else under its key_ID is not.
-
-    Raises:
-        Refused: HELD or VOIDED.
-    """
-    if row.state in (Inbound.VOIDED, Inbound.VOIDING, Inbound.RECALLING, Inbound.DISPUTED):
-        raise Refused(
-            Problem.VOIDED, "a key_id was voided: use fresh keys", is_held=is_held, field="keys.key_id"
-        )
-    exchange = ledger.exchange(row.exchange_id)
-    is_same = (exchange.initiator, exchange.targets) == (association.initiator, association.targets)
-    # Once the bytes are gone from here nobody can say that they are the same.
-    is_known_failed = row.state in (Inbound.FAILED, Inbound.FAILING)
-    if not is_same or not (is_known_failed or hmac.compare_digest(row.value, key.value)):
-        raise Refused(
-            Problem.HELD,
-            "a key_id is held with other bytes or another association",
-            is_held=is_held,
-            field="keys.key_id",
-        )
+def _is_holding(row: BorderKeyRow, peer: str) -> bool:
+    return row.peer == peer and row.state in (HOLDING_OUTBOUND if row.is_outbound else HOLDING_INBOUND)

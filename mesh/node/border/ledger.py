@@ -11,10 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from mesh.core.border import INBOUND, OUTBOUND, Action, Inbound, InboundEvent, Outbound, OutboundEvent
+from mesh.core.border import (
+    INBOUND,
+    OUTBOUND,
+    SETTLED_INBOUND,
+    SETTLED_OUTBOUND,
+    Action,
+    Inbound,
+    InboundEvent,
+    Outbound,
+    OutboundEvent,
+)
 from mesh.core.border_rules import MAX_KEYS, AckStatus, Association, PostKind
 from mesh.node.border.ports import KEYS_PATH, VOID_PATH, After, LedgerPorts, peer_of_place
 from mesh.node.deposits import void_stored
+from mesh.node.keyports import AlarmPort
 from mesh.store.tables import BorderKeyRow, ExchangeRow, PostRow, ReportRow, Tables
 
 MAX_REVIVALS = 8
@@ -76,7 +87,13 @@ class Ledger:
         for action in actions:
             key = self._act_outbound(key, action, event)
         self._border.save_key(key)
+        if state is Outbound.VOIDING and before is not state and self._is_gone(key.peer):
+            return self.outbound(key, OutboundEvent.EXHAUSTED)
         return key
+
+    def _is_gone(self, peer: str) -> bool:
+        """Whether a peer is not configured any more: nobody can be asked to void anything."""
+        return self._ports.config.peer(peer) is None
 
     def _act_outbound(self, key: BorderKeyRow, action: Action, event: OutboundEvent) -> BorderKeyRow:
         if action is Action.WIPE:
@@ -90,7 +107,7 @@ class Ledger:
         elif action in (Action.REPORT_VOIDED, Action.REPORT_KEPT):
             self._report_outbound(key, is_kept=action is Action.REPORT_KEPT)
         elif action is Action.ALARM:
-            self._alarm(key, f"{event.value}, now {key.state}")
+            self._alarm(key, event)
         return key
 
     # inbound
@@ -110,6 +127,8 @@ class Ledger:
             if action is not Action.ALARM or not asked:
                 key = self._act_inbound(key, action, event)
         self._border.save_key(key)
+        if state in (Inbound.RECALLING, Inbound.DISPUTED) and before is not state and self._is_gone(key.peer):
+            return self.inbound(key, InboundEvent.EXHAUSTED)
         return key
 
     def _act_inbound(self, key: BorderKeyRow, action: Action, event: InboundEvent) -> BorderKeyRow:
@@ -128,7 +147,7 @@ class Ledger:
         elif action in (Action.REPORT_VOIDED, Action.REPORT_KEPT):
             self._report_inbound(key, is_kept=action is Action.REPORT_KEPT)
         elif action is Action.ALARM:
-            self._alarm(key, f"{event.value}, now {key.state}")
+            self._alarm(key, event)
         return key
 
     def carried(self, key: BorderKeyRow, place: str, *, is_held: bool, is_clean: bool = False) -> None:
@@ -170,7 +189,8 @@ class Ledger:
         """Goes on once no place owes the void of this key any more."""
         if key.state not in (Inbound.VOIDING, Inbound.FAILING):
             return
-        if any(key.key_id in call.key_ids for call in self._border.calls(key.exchange_id, "void")):
+        calls = self._border.calls_of(key.exchange_id)
+        if any(call.purpose == "void" and key.key_id in call.key_ids for call in calls):
             return
         for carry in self._border.carries(key.exchange_id):
             further = peer_of_place(carry.place)
@@ -204,13 +224,16 @@ class Ledger:
             self.ack(self.exchange(key.exchange_id), key.void_callback, status, [key.key_id])
         return replace(key, is_void_asked=False, void_callback="")
 
-    def _alarm(self, key: BorderKeyRow, what: str) -> None:
+    def _alarm(self, key: BorderKeyRow, event: InboundEvent | OutboundEvent) -> None:
         alarms = self._ports.alarms
+        if event in (InboundEvent.EXHAUSTED, OutboundEvent.EXHAUSTED):
+            self.after.steps.append(lambda: raise_void_alarm(alarms, key.peer))
+            return
         self.after.steps.append(
             lambda: alarms.raise_alarm(
                 f"border/{key.peer}/contradiction",
                 "warning",
-                f"the peer's words about a key do not fit: {what}",
+                f"the peer's words about a key do not fit: {event.value}, now {key.state}",
                 "look at both key managers' logs for this key_ID; it is not handed out any more here",
             )
         )
@@ -222,10 +245,7 @@ class Ledger:
         exchange = self.exchange(key.exchange_id)
         if exchange.owner == "transit":
             return self._inbound_of(exchange, key.key_id) is not None
-        return any(
-            report.source == exchange.source and key.key_id in report.open_ids
-            for report in self._border.reports()
-        )
+        return any(key.key_id in report.open_ids for report in self._border.reports(exchange.source))
 
     def _inbound_of(self, exchange: ExchangeRow, key_id: bytes) -> BorderKeyRow | None:
         """The inbound side of a key in transit through this node, while its targets are being voided."""
@@ -266,8 +286,8 @@ class Ledger:
         )
 
     def _report(self, source: str, key_id: bytes, *, is_kept: bool) -> None:
-        for report in self._border.reports():
-            if report.source != source or key_id not in report.open_ids:
+        for report in self._border.reports(source):
+            if key_id not in report.open_ids:
                 continue
             left = tuple(one for one in report.open_ids if one != key_id)
             kept = (*report.kept_ids, key_id) if is_kept else report.kept_ids
@@ -326,8 +346,8 @@ class Ledger:
         """By a sealed message; what has not even left yet is taken off its way instead."""
         border = self._border
         unsent: set[bytes] = set()
-        for call in border.calls(exchange.exchange_id, "carry"):
-            if call.kme == kme and call.job_id is None:
+        for call in border.calls_of(exchange.exchange_id):
+            if call.purpose == "carry" and call.kme == kme and call.job_id is None:
                 unsent |= set(call.key_ids) & set(key_ids)
                 border.delete_call(call.call_id)
                 left = [key_id for key_id in call.key_ids if key_id not in unsent]
@@ -371,7 +391,7 @@ class Ledger:
             return
         keys = [
             key
-            for one in self._border.exchanges(source=exchange.source, source_job=exchange.source_job)
+            for one in self._border.exchanges_for(exchange.source, exchange.source_job)
             for key in self._border.keys(one.exchange_id)
         ]
         if any(key.state in OPEN_OUTBOUND for key in keys):
@@ -426,8 +446,9 @@ class Ledger:
     def _supersede(self, exchange_id: bytes, key_ids: Iterable[bytes]) -> None:
         """An older ack about the same key would contradict the newer one."""
         newer = set(key_ids)
-        for post in self._border.posts(exchange_id, PostKind.ACK):
-            self._narrow(post, [key_id for key_id in post.key_ids if key_id not in newer])
+        for post in self._border.posts_of(exchange_id):
+            if post.kind == PostKind.ACK:
+                self._narrow(post, [key_id for key_id in post.key_ids if key_id not in newer])
 
     def post_keys(self, exchange: ExchangeRow) -> None:
         """The request that hands an outbound exchange over."""
@@ -440,10 +461,17 @@ class Ledger:
     def _prune(self, exchange: ExchangeRow) -> None:
         """Requests follow the states of their keys: none outlives its reason, none is missing."""
         keys = self._border.keys(exchange.exchange_id)
+        is_settled = all(
+            key.state in (SETTLED_OUTBOUND if key.is_outbound else SETTLED_INBOUND) for key in keys
+        )
+        if is_settled != (exchange.settled_s > 0):
+            settled_s = int(self._ports.now_s()) if is_settled else 0
+            self._border.set_settled(exchange.exchange_id, settled_s)
+            self._exchanges[exchange.exchange_id] = replace(exchange, settled_s=settled_s)
         to_post = {key.key_id for key in keys if key.state in (Outbound.QUEUED, Outbound.POSTED)}
         to_void = [key.key_id for key in keys if needs_void(key)]
         asked: set[bytes] = set()
-        for post in self._border.posts(exchange.exchange_id):
+        for post in self._border.posts_of(exchange.exchange_id):
             if post.kind == PostKind.KEYS and exchange.is_outbound:
                 self._narrow(post, [key_id for key_id in post.key_ids if key_id in to_post])
             elif post.kind == PostKind.VOID:
@@ -493,6 +521,16 @@ class Ledger:
         )
         self._border.put_post(row)
         self.after.steps.append(lambda: self._ports.post_added(row))
+
+
+def raise_void_alarm(alarms: AlarmPort, peer: str, count: int = 1) -> None:
+    """Keys that a peer never voided, or that nobody can ask it about any more."""
+    alarms.raise_alarm(
+        f"border/{peer}/void",
+        "warning",
+        f"{count} keys could not be voided at {peer}; they are refused here for ever",
+        "ask the operator of that key manager to void keys of these associations",
+    )
 
 
 def needs_void(key: BorderKeyRow) -> bool:

@@ -77,6 +77,8 @@ class BorderMessages:
         keys = [Arrival(key_id, value) for key_id, value in redemption.keys]
 
         def start(ledger: Ledger) -> Outcome:
+            if not self._exchanges.has_room(ledger.tables, places, len(keys)):
+                return Outcome(ErrorReason.BUSY)
             redemption.use(ledger.tables)
             self._start(
                 ledger,
@@ -121,6 +123,8 @@ class BorderMessages:
             stored = [tables.keystore.stored_key(deposit.master_sae_id, key.key_id) for key in keys]
             if any(row is not None for row in stored):
                 return Outcome(ErrorReason.INVALID_ARGUMENT)  # void, even before it came
+            if not self._exchanges.has_room(tables, places, len(keys)):
+                return Outcome(ErrorReason.BUSY)
             if local is not None:
                 outcome = local.change(tables)
                 if outcome.reason is not None:
@@ -268,7 +272,7 @@ def _reason(error: MeshError) -> ErrorReason:
 
 
 def _is_owed(tables: Tables, source: str, job_id: bytes) -> bool:
-    return any((one.source, one.job_id) == (source, job_id) for one in tables.border.reports())
+    return any(one.job_id == job_id for one in tables.border.reports(source))
 
 
 def _went_to(tables: Tables, row: BorderKeyRow, place: str) -> bool:

@@ -15,9 +15,9 @@ from http import HTTPStatus
 
 from mesh.core.border import INBOUND, OUTBOUND, Inbound, InboundEvent, Outbound, OutboundEvent
 from mesh.core.border_rules import AckStatus, BorderConfig, PostKind, Verdict, judge
-from mesh.errors import CallerError, MeshError
+from mesh.errors import CallerError
 from mesh.node.border.board import Board, Entry
-from mesh.node.border.ledger import OPEN_OUTBOUND, Ledger
+from mesh.node.border.ledger import OPEN_OUTBOUND, Ledger, raise_void_alarm
 from mesh.node.border.ports import ACK_PATH, Ack
 from mesh.node.border.settlements import Settlements
 from mesh.node.keyports import Surroundings
@@ -193,8 +193,8 @@ class Posts:
                 await self._ack_done(entry, http_status, retry_after_s)
             else:
                 await self._void_done(entry, http_status, retry_after_s, acks)
-        except MeshError:
-            # The outcome could not be made durable: as if it had not come.
+        except Exception:
+            # The outcome could not be made durable, or is beyond us: as if it had not come.
             entry.is_doubtful = True
             self.board.retry(entry)
             raise
@@ -300,12 +300,7 @@ class Posts:
                         _give_up_void(ledger, key)
 
         await self._run(change)
-        self._around.alarms.raise_alarm(
-            f"border/{post.peer}/void",
-            "warning",
-            f"{len(post.key_ids)} keys could not be voided at {post.peer}; they are refused here for ever",
-            "ask the operator of that key manager to void keys of these associations",
-        )
+        raise_void_alarm(self._around.alarms, post.peer, len(post.key_ids))
 
     # time
 

@@ -142,7 +142,7 @@ class Settlements:
                 # Held for others than the peer says: neither voided nor absent.
                 ledger.ack_as(exchange, callback, AckStatus.FAILED_TO_VOID, [key_id], association)
         if missing:
-            self._exchanges.check_room(peer.kme_id, len(missing))
+            self._exchanges.bound_memory(ledger.tables, peer.kme_id, len(missing))
             self._bury(ledger, peer, association, missing, callback)
         return list(dict.fromkeys(key_ids))
 
@@ -160,7 +160,12 @@ class Settlements:
         """A late request must not bring back what was voided before it came."""
         border = ledger.tables.border
         exchange = self._exchanges.begin(
-            ledger, peer.kme_id, association, is_outbound=False, give_up_ms=int(self._now_s() * 1000)
+            ledger,
+            peer.kme_id,
+            association,
+            is_outbound=False,
+            give_up_ms=int(self._now_s() * 1000),
+            is_settled=True,
         )
         buried = list(key_ids)
         for key_id in buried:

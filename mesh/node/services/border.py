@@ -85,9 +85,9 @@ class BorderService(BorderServicer):
         return pb.VoidForeignKeysResponse(acks=_containers(results, association))
 
     async def HoldsKeys(self, request: pb.HoldsKeysRequest, context: object) -> pb.HoldsKeysResponse:
-        """Whether anything is held for any of these keys."""
+        """Whether anything is held from this peer under any of these key_IDs."""
         self._border.check_gateway(self._caller_id())
-        return pb.HoldsKeysResponse(is_held=self._border.holds(request.key_ids))
+        return pb.HoldsKeysResponse(is_held=self._border.holds(request.peer_kme_id, request.key_ids))
 
     async def LeaseJobs(self, request: pb.LeaseJobsRequest, context: object) -> AsyncIterator[pb.LeasedJob]:
         """Requests to perform, as they come."""

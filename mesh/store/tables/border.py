@@ -28,6 +28,7 @@ class ExchangeRow:
         source_job: id of that message, or of the inbound exchange in transit.
         extension: JSON object to pass on, empty for none.
         give_up_ms: when nobody waits any more, milliseconds since 1970.
+        settled_s: since when nothing is under way about any of its keys; 0 while something is.
     """
 
     exchange_id: bytes
@@ -42,6 +43,7 @@ class ExchangeRow:
     extension: bytes
     give_up_ms: int
     created_s: int
+    settled_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class BorderKeyRow:
         is_peer_void: the peer itself has voided it, or says that it never had it.
         is_kept: a target could not void it (while a void is under way).
         revivals: how often it came back from a tombstone.
+        value_mac: inbound: what a repeated request's bytes are compared with once ``value`` is wiped.
     """
 
     is_outbound: bool
@@ -70,6 +73,7 @@ class BorderKeyRow:
     is_peer_void: bool = False
     is_kept: bool = False
     revivals: int = 0
+    value_mac: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +139,11 @@ class BufferRow:
 
 _EXCHANGE = (
     "exchange_id, is_outbound, peer, initiator, targets, callback, owner, source, source_job, extension,"
-    " give_up_ms, created_s"
+    " give_up_ms, created_s, settled_s"
 )
 _KEY = (
     "is_outbound, peer, key_id, exchange_id, state, value, extension, acked, void_callback, is_void_asked,"
-    " is_peer_void, is_kept, revivals"
+    " is_peer_void, is_kept, revivals, value_mac"
 )
 _POST = "job_id, kind, exchange_id, peer, url, status, initiator, targets, key_ids, give_up_ms"
 _CALL = "call_id, purpose, exchange_id, kme, key_ids, job_id"
@@ -153,7 +157,7 @@ class Border(Table):
     def put_exchange(self, row: ExchangeRow) -> None:
         """Store a new exchange."""
         self._run(
-            f"INSERT INTO border_exchanges ({_EXCHANGE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO border_exchanges ({_EXCHANGE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             row.exchange_id,
             int(row.is_outbound),
             row.peer,
@@ -166,7 +170,21 @@ class Border(Table):
             row.extension,
             row.give_up_ms,
             row.created_s,
+            row.settled_s,
         )
+
+    def set_settled(self, exchange_id: bytes, settled_s: int) -> None:
+        """Since when nothing is under way about the exchange; 0: something is.
+
+        What is settled is kept for long, so that extensions, which nobody needs any more, go.
+        """
+        self._run("UPDATE border_exchanges SET settled_s = ? WHERE exchange_id = ?", settled_s, exchange_id)
+        if settled_s:
+            for table in ("border_exchanges", "border_keys"):
+                self._run(
+                    f"UPDATE {table} SET extension = x'' WHERE exchange_id = ? AND extension != x''",
+                    exchange_id,
+                )
 
     def set_callback(self, exchange_id: bytes, callback: str) -> None:
         """Where the results of an exchange go from now on."""
@@ -183,15 +201,19 @@ class Border(Table):
             raise CallerError("no such exchange", facts={"exchange": exchange_id.hex()})
         return _exchange(row)
 
-    def exchanges(
-        self, *, source: str | None = None, source_job: bytes | None = None, owner: str | None = None
-    ) -> list[ExchangeRow]:
-        """Exchanges, oldest first, of one owner, source and source job if given."""
+    def exchanges_for(self, source: str, source_job: bytes) -> list[ExchangeRow]:
+        """Exchanges that one message, export or inbound exchange asked for."""
         rows = self._rows(
-            f"SELECT {_EXCHANGE} FROM border_exchanges WHERE (?1 IS NULL OR source = ?1)"
-            " AND (?2 IS NULL OR source_job = ?2) AND (?3 IS NULL OR owner = ?3) ORDER BY created_s",
-            source,
+            f"SELECT {_EXCHANGE} FROM border_exchanges WHERE source_job = ? AND source = ? ORDER BY rowid",
             source_job,
+            source,
+        )
+        return [_exchange(row) for row in rows]
+
+    def unsettled(self, owner: str) -> list[ExchangeRow]:
+        """Outbound exchanges of one owner about which something is under way."""
+        rows = self._rows(
+            f"SELECT {_EXCHANGE} FROM border_exchanges WHERE settled_s = 0 AND is_outbound = 1 AND owner = ?",
             owner,
         )
         return [_exchange(row) for row in rows]
@@ -199,32 +221,56 @@ class Border(Table):
     def overdue(self, now_ms: int, *, is_outbound: bool, states: Collection[str]) -> list[ExchangeRow]:
         """Exchanges past their time with keys in one of these states."""
         marks = ", ".join("?" * len(states))
-        columns = ", ".join(f"e.{name.strip()}" for name in _EXCHANGE.split(","))
         rows = self._rows(
-            f"SELECT DISTINCT {columns} FROM border_keys AS k JOIN border_exchanges AS e USING (exchange_id)"
-            f" WHERE k.is_outbound = ? AND k.state IN ({marks}) AND e.give_up_ms <= ?",
+            f"SELECT {_EXCHANGE} FROM border_exchanges AS e WHERE settled_s = 0 AND is_outbound = ?"
+            " AND give_up_ms <= ? AND EXISTS (SELECT 1 FROM border_keys AS k"
+            f" WHERE k.exchange_id = e.exchange_id AND k.state IN ({marks}))",
             int(is_outbound),
-            *states,
             now_ms,
+            *states,
         )
         return [_exchange(row) for row in rows]
 
-    def forget_settled(self, created_before_s: int, settled: Collection[str]) -> int:
-        """Forget old exchanges about which nothing is under way, tombstones included; returns how many."""
-        marks = ", ".join("?" * len(settled))
+    def forget_settled(self, peer: str, settled_before_s: int, keys: int) -> int:
+        """Forget old exchanges with a peer, tombstones included; returns how many of its keys.
+
+        The halves of a key in transit go together, once both are that old: what is left of one half
+        could neither be voided nor recalled.
+
+        Args:
+            keys: enough; the oldest go first.
+        """
         rows = self._rows(
-            "DELETE FROM border_exchanges WHERE created_s < ? AND NOT EXISTS (SELECT 1 FROM border_keys AS k"
-            f" WHERE k.exchange_id = border_exchanges.exchange_id AND k.state NOT IN ({marks}))"
-            " AND NOT EXISTS (SELECT 1 FROM border_posts AS p"
-            " WHERE p.exchange_id = border_exchanges.exchange_id) AND NOT EXISTS (SELECT 1 FROM border_calls"
-            " AS c WHERE c.exchange_id = border_exchanges.exchange_id) RETURNING exchange_id",
-            created_before_s,
-            *settled,
+            "SELECT exchange_id, owner, source_job FROM border_exchanges"
+            " WHERE peer = ? AND settled_s > 0 AND settled_s < ? ORDER BY settled_s LIMIT ?",
+            peer,
+            settled_before_s,
+            keys,
         )
-        for (exchange_id,) in rows:
-            self._run("DELETE FROM border_keys WHERE exchange_id = ?", exchange_id)
-            self._run("DELETE FROM border_carries WHERE exchange_id = ?", exchange_id)
-        return len(rows)
+        count = 0
+        for root in dict.fromkeys(row[2] if row[1] == "transit" else row[0] for row in rows):
+            count += self._forget_family(root, peer, settled_before_s)
+            if count >= keys:
+                break
+        return count
+
+    def _forget_family(self, root: bytes, peer: str, settled_before_s: int) -> int:
+        family = self._rows(
+            "SELECT exchange_id, peer, settled_s FROM border_exchanges WHERE exchange_id = ?1"
+            " UNION ALL SELECT exchange_id, peer, settled_s FROM border_exchanges"
+            " WHERE source_job = ?1 AND owner = 'transit'",
+            root,
+        )
+        for one, _, settled_s in family:
+            if not 0 < settled_s < settled_before_s or self.posts_of(one) or self.calls_of(one):
+                return 0
+        count = 0
+        for one, of_peer, _ in family:
+            deleted = self._run("DELETE FROM border_keys WHERE exchange_id = ?", one)
+            count += deleted if of_peer == peer else 0
+            self._run("DELETE FROM border_carries WHERE exchange_id = ?", one)
+            self._run("DELETE FROM border_exchanges WHERE exchange_id = ?", one)
+        return count
 
     # keys
 
@@ -237,7 +283,7 @@ class Border(Table):
         if self.key(row.key_id, row.peer, is_outbound=row.is_outbound) is not None:
             raise CallerError("this key_ID is taken at the border", facts={"key_id": row.key_id.hex()})
         self._run(
-            f"INSERT INTO border_keys ({_KEY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO border_keys ({_KEY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             int(row.is_outbound),
             row.peer,
             row.key_id,
@@ -251,6 +297,7 @@ class Border(Table):
             int(row.is_peer_void),
             int(row.is_kept),
             row.revivals,
+            row.value_mac,
         )
 
     def save_key(self, row: BorderKeyRow) -> None:
@@ -306,19 +353,14 @@ class Border(Table):
         return [_key(row) for row in rows]
 
     def count_states(self) -> dict[tuple[bool, str, str], int]:
-        """How many keys are in which state, by (is_outbound, peer, state)."""
-        rows = self._rows(
-            "SELECT is_outbound, peer, state, count(*) FROM border_keys GROUP BY is_outbound, peer, state"
-        )
+        """How many keys are in which state, by (is_outbound, peer, state); triggers keep the numbers."""
+        rows = self._rows("SELECT is_outbound, peer, state, count FROM border_counts WHERE count > 0")
         return {(bool(row[0]), row[1], row[2]): row[3] for row in rows}
 
-    def wipe_relayed(self, created_before_s: int) -> int:
-        """Wipe the bytes of inbound keys that were relayed a while ago; returns how many."""
-        return self._run(
-            "UPDATE border_keys SET value = x'' WHERE is_outbound = 0 AND state = 'relayed' AND value != x''"
-            " AND exchange_id IN (SELECT exchange_id FROM border_exchanges WHERE created_s < ?)",
-            created_before_s,
-        )
+    def count_of(self, peer: str) -> dict[tuple[bool, str], int]:
+        """The same of one peer, by (is_outbound, state)."""
+        rows = self._rows("SELECT is_outbound, state, count FROM border_counts WHERE peer = ?", peer)
+        return {(bool(row[0]), row[1]): row[2] for row in rows}
 
     # requests to post
 
@@ -338,13 +380,14 @@ class Border(Table):
             row.give_up_ms,
         )
 
-    def posts(self, exchange_id: bytes | None = None, kind: str | None = None) -> list[PostRow]:
-        """Requests in the order they were put, of one exchange and kind if given."""
+    def posts(self) -> list[PostRow]:
+        """All requests, in the order they were put."""
+        return [_post(row) for row in self._rows(f"SELECT {_POST} FROM border_posts ORDER BY rowid")]
+
+    def posts_of(self, exchange_id: bytes) -> list[PostRow]:
+        """Requests of an exchange, in the order they were put."""
         rows = self._rows(
-            f"SELECT {_POST} FROM border_posts WHERE (?1 IS NULL OR exchange_id = ?1)"
-            " AND (?2 IS NULL OR kind = ?2) ORDER BY rowid",
-            exchange_id,
-            kind,
+            f"SELECT {_POST} FROM border_posts WHERE exchange_id = ? ORDER BY rowid", exchange_id
         )
         return [_post(row) for row in rows]
 
@@ -419,13 +462,14 @@ class Border(Table):
         row = self._row(f"SELECT {_CALL} FROM border_calls WHERE job_id = ?", job_id)
         return _call(row) if row else None
 
-    def calls(self, exchange_id: bytes | None = None, purpose: str | None = None) -> list[CallRow]:
-        """Messages wanted or under way, of one exchange and purpose if given."""
+    def calls(self) -> list[CallRow]:
+        """All messages wanted or under way."""
+        return [_call(row) for row in self._rows(f"SELECT {_CALL} FROM border_calls ORDER BY call_id")]
+
+    def calls_of(self, exchange_id: bytes) -> list[CallRow]:
+        """Messages about an exchange."""
         rows = self._rows(
-            f"SELECT {_CALL} FROM border_calls WHERE (?1 IS NULL OR exchange_id = ?1)"
-            " AND (?2 IS NULL OR purpose = ?2) ORDER BY call_id",
-            exchange_id,
-            purpose,
+            f"SELECT {_CALL} FROM border_calls WHERE exchange_id = ? ORDER BY call_id", exchange_id
         )
         return [_call(row) for row in rows]
 
@@ -448,9 +492,11 @@ class Border(Table):
             b"".join(row.kept_ids),
         )
 
-    def reports(self) -> list[ReportRow]:
-        """Reports that are owed."""
-        rows = self._rows("SELECT source, job_id, open_ids, kept_ids FROM border_reports")
+    def reports(self, source: str) -> list[ReportRow]:
+        """Reports that are owed to a KME."""
+        rows = self._rows(
+            "SELECT source, job_id, open_ids, kept_ids FROM border_reports WHERE source = ?", source
+        )
         return [ReportRow(row[0], row[1], _ids(row[2]), _ids(row[3])) for row in rows]
 
     # buffers
@@ -505,7 +551,8 @@ def _exchange(row: Row) -> ExchangeRow:
 
 
 def _key(row: Row) -> BorderKeyRow:
-    is_outbound, peer, key_id, exchange_id, state, value, extension, acked, callback, *flags, revivals = row
+    is_outbound, peer, key_id, exchange_id, state, value, extension, acked, callback, *rest = row
+    *flags, revivals, value_mac = rest
     asked, voided, kept = (bool(flag) for flag in flags)
     return BorderKeyRow(
         bool(is_outbound),
@@ -521,6 +568,7 @@ def _key(row: Row) -> BorderKeyRow:
         voided,
         kept,
         revivals,
+        value_mac,
     )
 
 
