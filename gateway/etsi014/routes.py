@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from time import monotonic
 from typing import Final
 
 from gateway.config import Profile
@@ -58,7 +59,7 @@ class Etsi014:
         service: the node's key plane.
         audit: told about every key_ID before the answer leaves.
         profile: switches away from the standard.
-        timeout_s: deadline of each call to the service.
+        timeout_s: deadline of all calls to the service for one request.
     """
 
     methods = METHODS
@@ -130,6 +131,7 @@ class Etsi014:
         wants_report = bool(grades) or any(name == GRADE_EXTENSION for name, _ in wanted.optional)
         key_ids: list[str] = []
         result = "failed"
+        deadline_s = monotonic() + self._timeout_s
         try:
             if grades:
                 await self._require_grade(request, slave, grades)
@@ -140,7 +142,7 @@ class Etsi014:
                 size_bytes=wanted.size_bytes,
                 additional_slaves=wanted.additional_slaves,
                 request_id=request.request_id,
-                timeout_s=self._timeout_s,
+                timeout_s=max(0.001, deadline_s - monotonic()),
             )
             key_ids = [key.key_id_text for key in delivered.keys]
             result = "withheld"  # spent without being seen, should what follows refuse

@@ -215,6 +215,28 @@ def test_a_mandatory_grade_that_changes_underway_withholds_the_keys(
     assert audit_lines(host)[-1]["result"] == "withheld"
 
 
+def test_the_question_for_the_grade_and_the_keys_share_one_deadline(
+    host: GatewayThread, network: FakeNetwork
+) -> None:
+    given: list[float] = []
+
+    class Slow(FakeKeyService):
+        async def get_status(self, *args: Any, timeout_s: float, **options: Any) -> Any:
+            given.append(timeout_s)
+            await asyncio.sleep(0.2)
+            return await super().get_status(*args, **options)
+
+        async def get_keys(self, *args: Any, timeout_s: float, **options: Any) -> Any:
+            given.append(timeout_s)
+            return await super().get_keys(*args, **options)
+
+    gateway = host.start("gw", Slow(network, "kme-a"), limits={"request_timeout_s": 5.0})
+    wanted = {"extension_mandatory": [{"keymesh_grade": network.grade}]}
+    assert ask(host, gateway, "POST", ENC, wanted).status == 200
+    assert given[0] == 5.0
+    assert given[1] <= 4.8
+
+
 def test_an_unmet_mandatory_grade_draws_nothing(host: GatewayThread, network: FakeNetwork) -> None:
     gateway = host.start("gw", network.site("kme-a"))
     before = network.available_bytes

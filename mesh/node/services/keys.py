@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mesh.core.keyid import text_of
 from mesh.errors import CallerError, ErrorReason, MeshError
@@ -16,6 +16,14 @@ from mesh.v1 import keys_pb2 as pb
 MAX_BATCH = 256
 
 Audit = Callable[[str, Sequence[dict[str, Any]]], None]
+
+
+class Timed(Protocol):
+    """A call, as far as it is known how long its caller waits."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds left; None if the caller did not say."""
+        ...
 
 
 class KeyDeliveryService(StreamedDelivery):
@@ -51,12 +59,12 @@ class KeyDeliveryService(StreamedDelivery):
         response.directory_staleness_s = min(self._staleness_s(), 1e9)
         return response
 
-    async def GetKeys(self, request: pb.GetKeysRequest, context: object) -> pb.GetKeysResponse:
+    async def GetKeys(self, request: pb.GetKeysRequest, context: Timed | None) -> pb.GetKeysResponse:
         """Draws keys for masters."""
         self._admit()
         _check_batch(len(request.requests))
         with batch("draw", request.requests):
-            results = await self._plane.get_keys(request.requests)
+            results = await self._plane.get_keys(request.requests, timeout_s=_left_s(context))
         if self._audit is not None:
             self._audit(
                 "keys_drawn",
@@ -67,12 +75,14 @@ class KeyDeliveryService(StreamedDelivery):
             )
         return pb.GetKeysResponse(results=[_encoded(result) for result in results])
 
-    async def GetKeysById(self, request: pb.GetKeysByIdRequest, context: object) -> pb.GetKeysByIdResponse:
+    async def GetKeysById(
+        self, request: pb.GetKeysByIdRequest, context: Timed | None
+    ) -> pb.GetKeysByIdResponse:
         """Redeems keys for slaves."""
         self._admit()
         _check_batch(len(request.requests))
         with batch("redeem", request.requests):
-            results = await self._plane.get_keys_by_id(request.requests)
+            results = await self._plane.get_keys_by_id(request.requests, timeout_s=_left_s(context))
         if self._audit is not None:
             self._audit(
                 "keys_redeemed",
@@ -88,6 +98,10 @@ class KeyDeliveryService(StreamedDelivery):
         self._admit()
         async for level in self._plane.watch_levels(request.peer_kme_id):
             yield level
+
+
+def _left_s(context: Timed | None) -> float | None:
+    return None if context is None else context.time_remaining()
 
 
 def _check_batch(size: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -21,6 +22,17 @@ from mesh.v1.keys_pb2_grpc import KeyDeliveryServicer
 _LOG = logging.getLogger("keymesh.delivery")
 MAX_STREAM_BATCHES = 64
 _Stream = grpc.aio.ServicerContext[pb.DeliverRequest, pb.DeliverResponse]
+
+
+class _BatchContext:
+    """What a batch of a stream sees of its call: the time that the batch, not the stream, has left."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._deadline_s = None if timeout_s is None else monotonic() + timeout_s
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller no longer waits; None if it did not say."""
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - monotonic())
 
 
 class StreamedDelivery(KeyDeliveryServicer):
@@ -57,11 +69,13 @@ class StreamedDelivery(KeyDeliveryServicer):
         try:
             if self.readmit is not None:
                 self.readmit(context)
+            timeout_s = request.timeout_ms / 1000 or None
+            own: Any = _BatchContext(timeout_s)
             if request.WhichOneof("batch") == "get_keys":
-                answer: Any = self.GetKeys(request.get_keys, context)
+                answer: Any = self.GetKeys(request.get_keys, own)
             else:
-                answer = self.GetKeysById(request.get_keys_by_id, context)
-            async with asyncio.timeout(request.timeout_ms / 1000 or None):
+                answer = self.GetKeysById(request.get_keys_by_id, own)
+            async with asyncio.timeout(timeout_s):
                 results = (await answer).results
         except MeshError as exc:
             return pb.DeliverResponse(batch_id=request.batch_id, failure=failure_from(exc))
