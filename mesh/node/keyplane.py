@@ -472,7 +472,7 @@ class KeyPlane:
         return [result for result in results if result is not None]
 
     def _limit_s(self, timeout_s: float | None) -> float:
-        """How long one request may take so that the answer for all still reaches a caller who waits so long."""
+        """How long one request may take so that the answer for all reaches a caller who waits so long."""
         own_s = self._config.request_timeout_s
         return own_s if timeout_s is None else min(own_s, max(timeout_s - _ANSWER_MARGIN_S, timeout_s / 2))
 

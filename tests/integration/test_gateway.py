@@ -221,13 +221,13 @@ def test_the_question_for_the_grade_and_the_keys_share_one_deadline(
     given: list[float] = []
 
     class Slow(FakeKeyService):
-        async def get_status(self, *args: Any, timeout_s: float, **options: Any) -> Any:
-            given.append(timeout_s)
+        async def get_status(self, *args: Any, **options: Any) -> Any:
+            given.append(options["timeout_s"])
             await asyncio.sleep(0.2)
             return await super().get_status(*args, **options)
 
-        async def get_keys(self, *args: Any, timeout_s: float, **options: Any) -> Any:
-            given.append(timeout_s)
+        async def get_keys(self, *args: Any, **options: Any) -> Any:
+            given.append(options["timeout_s"])
             return await super().get_keys(*args, **options)
 
     gateway = host.start("gw", Slow(network, "kme-a"), limits={"request_timeout_s": 5.0})
