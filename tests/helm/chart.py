@@ -41,11 +41,13 @@ class RefusedError(Exception):
     """helm did not render; the text is what it said."""
 
 
-def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+def helm(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs helm; skips the test where there is none."""
     if _HELM is None:
         pytest.skip("there is no helm: no wheel for this machine, none in PATH", allow_module_level=True)
-    return subprocess.run([_HELM, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [_HELM, *arguments], cwd=cwd, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 @functools.cache

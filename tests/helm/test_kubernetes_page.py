@@ -60,6 +60,15 @@ def test_commands_that_need_no_cluster_run(tmp_path: Path) -> None:
     assert used
     assert used <= {one["metadata"]["name"] for one in made}
     assert "kind: Job" in (tmp_path / "import.yaml").read_text(encoding="utf-8")
+    # What the page installs and upgrades renders from the files that the commands above wrote.
+    changes = [
+        words for words in commands("sh cluster") if words[:2] in (["helm", "install"], ["helm", "upgrade"])
+    ]
+    assert len(changes) > 4
+    for words in changes:
+        asked = [word for word in words[2:] if word not in {"--wait", "--timeout", "10m"}]
+        done = helm("template", *asked, cwd=tmp_path)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
 
 
 @pytest.mark.parametrize("words", commands("sh cluster"), ids=lambda words: " ".join(words[:4]))
@@ -82,7 +91,8 @@ def test_commands_for_a_cluster_exist(words: list[str]) -> None:
 def test_what_it_names_is_what_the_chart_makes(tmp_path: Path) -> None:
     """Names of objects in commands are those of the releases that the page describes."""
     named = set(re.findall(r"km-keymesh-[a-z0-9-]+", _PAGE))
-    made = {"km-keymesh-node-kme-a", "km-keymesh-node-kme-c", "km-keymesh-hub-hub-1", "km-keymesh-etcd"}
-    assert {name.removesuffix("-0") for name in named} == made
+    etcd = {f"km-keymesh-etcd{end}" for end in ("", "-peers", "-root")}
+    made = {"km-keymesh-node-kme-a", "km-keymesh-node-kme-c", "km-keymesh-hub-hub-1", *etcd}
+    assert {re.sub("-0$|(?<=etcd)-1$", "", name) for name in named} == made
     rendered = helm("template", "km", str(CHART), "-f", str(CHART / "ci" / "hub-values.yaml")).stdout
     assert "name: km-keymesh-hub-hub-1" in rendered
