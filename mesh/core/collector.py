@@ -84,7 +84,7 @@ class _Pending:
 
     @property
     def is_complete(self) -> bool:
-        return len(self.links) == self.header.grade.n
+        return len(self.links) == self.header.grade.n - len(self.header.left_out)
 
     def indexed(self) -> dict[int, bytes]:
         return {route + 1: share for route, share in self.shares.items()}
@@ -264,7 +264,7 @@ class Collector:
                 Failed(header, entry.tag),
                 Named(header, Verdict.SUSPECTED, tuple(sorted(entry.links))),
             ]
-        missing = set(range(header.grade.n)) - set(entry.links)
+        missing = set(range(header.grade.n)) - set(header.left_out) - set(entry.links)
         siblings = (self._pending[key] for key in self._by_transfer[header.transfer])
         relabelled = missing & {route for other in siblings if other is not entry for route in other.links}
         # A share under another header or tag: the route's doing, or the source's own.

@@ -56,7 +56,8 @@ class TransferHeader:
     """The core header: everything that the secret-authenticating tag covers besides the secret.
 
     ``routes`` are whole paths, source and target included; share i travels on ``routes[i - 1]``.
-    ``attachment`` is ciphertext under the attachment pad inside the secret.
+    ``attachment`` is ciphertext under the attachment pad inside the secret. ``left_out`` are routes, by
+    index and ascending, over which no share was sent: the source's doing, so nobody was silent there.
     """
 
     transfer: TransferId
@@ -66,6 +67,7 @@ class TransferHeader:
     routes: tuple[tuple[str, ...], ...]
     expires_at_s: int
     attachment: bytes = b""
+    left_out: tuple[int, ...] = ()
 
     @property
     def length_bytes(self) -> int:
@@ -92,6 +94,8 @@ class TransferHeader:
             parts += [_text(node) for node in route]
         parts += [_uint(self.expires_at_s, 8), _uint(self.length_bytes, 4)]
         parts += [_uint(len(self.attachment), 4), self.attachment]
+        if self.left_out:
+            parts.append(_uint(sum(1 << route for route in self.left_out), 2))
         encoded = b"".join(parts)
         if len(encoded) > MAX_HEADER_BYTES:
             raise ValueError("transfer header is longer than 16 KiB")
@@ -120,10 +124,13 @@ class TransferHeader:
             routes.append(tuple(cursor.name() for _ in range(nodes)))
         expires_at_s, length_bytes = cursor.uint(8), cursor.uint(4)
         attachment = cursor.take(cursor.uint(4))
+        left_out = () if cursor.is_at_end else cursor.left_out(grade)
         cursor.end()
         if kind not in (SlotKind.KEYS, SlotKind.SEALED):
             raise _bad("kind", "neither keys nor sealed")
-        header = cls(transfer, slot_count, SlotKind(kind), grade, tuple(routes), expires_at_s, attachment)
+        header = cls(
+            transfer, slot_count, SlotKind(kind), grade, tuple(routes), expires_at_s, attachment, left_out
+        )
         header._check(length_bytes)
         return header
 
@@ -161,6 +168,8 @@ def check_hop(
     """
     if not 0 <= route < len(header.routes):
         raise _bad("route", "not in the header")
+    if route in header.left_out:
+        raise _bad("route", "was left out by the source")
     nodes = header.routes[route]
     if not 0 <= hop < len(nodes) - 1:
         raise _bad("hop", "not on the route")
@@ -312,6 +321,17 @@ class _Cursor:
         if str(grade) != text or (grade.k, grade.n) != (k, n):
             raise _bad("grade", "does not fit k and n")
         return grade
+
+    def left_out(self, grade: Grade) -> tuple[int, ...]:
+        bits = self.uint(2)
+        routes = tuple(route for route in range(16) if bits >> route & 1)
+        if not routes or routes[-1] >= grade.n or grade.n - len(routes) < grade.k:
+            raise _bad("left out", "does not leave k of the n routes")
+        return routes
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._at == len(self._data)
 
     def end(self) -> None:
         if self._at != len(self._data):

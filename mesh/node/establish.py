@@ -242,6 +242,7 @@ class Establisher:
             kind=order.kind,
             grade=grade,
             routes=tuple(path.route for path in paths),
+            left_out=tuple(index for index, path in enumerate(paths) if path.link is None),
             expires_at_s=int(self._around.now_s()) + _EXPIRES_AFTER_S,
             attachment=otp.xor(attachment, parts.attachment_pad) if attachment else b"",
         )

@@ -267,6 +267,15 @@ async def test_frames_held_back_cost_no_key_and_are_named_as_silence(net: KeyNet
 
 
 @pytest.mark.parametrize("net", [HASTY], indirect=True)
+async def test_a_hub_is_not_silent_when_the_source_sent_it_nothing(net: KeyNetwork) -> None:
+    """Its link is closed at the source, which knows; the target is told so in the header."""
+    net.wire.planes["kme-a"].ends["hub-3"].is_open = False
+    await key(net)
+    net.clock.offset_s += 60
+    net.plane("kme-z").appender.expire()
+    assert "silent" not in alarms(net, "kme-z")
+
+
 async def test_two_hubs_that_hold_back_are_a_shortage_and_their_stale_shares_no_key(net: KeyNetwork) -> None:
     """Fewer than k came: the slots are forfeited. All shares come later, and nothing is drawn."""
     kept: list[tuple[str, Delivery]] = []

@@ -213,6 +213,16 @@ def test_waiting_ends_and_names_only_with_k_shares() -> None:
     assert len(into) == 0
 
 
+def test_a_route_that_the_source_left_out_is_not_silent() -> None:
+    header = replace(graded(2, 5), left_out=(3,))
+    early, all_came = Feed(collector(), header), Feed(collector(), header)
+    assert [early.add(0), early.add(1)] == [[], [early.verified]]
+    assert early.into.expire(30.0) == [early.named(Verdict.SILENT, 2, 4)]
+    for route in (0, 1, 2, 4):
+        all_came.add(route)
+    assert len(all_came.into) == 0
+
+
 def test_a_query_learns_which_routes_came() -> None:
     feed = Feed(collector(), graded(3, 3))
     transfer = feed.header.transfer

@@ -37,6 +37,17 @@ def test_header_comes_back_as_it_was() -> None:
     assert HEADER.length_bytes == 48 + 32 + 8 + 3 * 48
 
 
+def test_routes_left_out_are_told_in_one_way_and_take_no_share() -> None:
+    told = replace(HEADER, left_out=(1,))
+    assert told.encode() == HEADER.encode() + b"\0\x02"
+    assert TransferHeader.decode(told.encode()) == told
+    with pytest.raises(PeerError):
+        check_hop(told, route=1, hop=0, came_from="a", own_id="h2", length_bytes=HEADER.length_bytes)
+    for bits in (b"\0\0", b"\0\x03", b"\0\x08", b"\x80\x02", b"\0\x02\0"):
+        with pytest.raises(PeerError):
+            TransferHeader.decode(HEADER.encode() + bits)
+
+
 @pytest.mark.parametrize("cut", range(0, len(HEADER.encode()), 3))
 def test_a_cut_header_is_refused(cut: int) -> None:
     with pytest.raises(PeerError):
