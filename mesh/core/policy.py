@@ -104,8 +104,21 @@ class AccessRule:
             raise _exceeded("size", size_bytes, self.max_key_size_bytes)
 
 
-def _fits(patterns: tuple[str, ...], sae_id: str) -> bool:
+def _fits(patterns: Sequence[str], sae_id: str) -> bool:
     return any(sae_id.startswith(p[:-1]) if p.endswith("*") else sae_id == p for p in patterns)
+
+
+def check_registered(saes: Sequence[str] | None, sae_id: str) -> None:
+    """Raises NotAuthorizedError unless the gateway that asks speaks for this SAE (protocol 5.2).
+
+    Args:
+        saes: patterns of the SAEs registered to it; None: all that are homed at its node.
+        sae_id: the SAE that it names as its caller.
+    """
+    if saes is not None and not _fits(saes, sae_id):
+        raise NotAuthorizedError(
+            "the calling SAE is not registered to this gateway", facts={"caller": sae_id}
+        )
 
 
 @dataclass(frozen=True, slots=True)

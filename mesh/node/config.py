@@ -207,8 +207,13 @@ class NodeConfig(_Section, frozen=True, kw_only=True):
     # YAML access table; null together with ``access: open`` (labs) admits every SAE pair.
     access_file: str | None = None
     access: Annotated[str, msgspec.Meta(pattern="^(deny|open)$")] = "deny"
-    # Gateways that may ask for keys of the SAEs homed here; null admits every gateway of the domain.
-    gateways: Annotated[list[str], msgspec.Meta(max_length=256)] | None = None
+    # Gateways that may ask for keys of the SAEs homed here, in a list; or by id with the SAEs (ids, or
+    # prefixes followed by *) that each speaks for. Null admits every gateway of the domain.
+    gateways: (
+        Annotated[list[str], msgspec.Meta(max_length=256)]
+        | Annotated[dict[str, list[str]], msgspec.Meta(max_length=256)]
+        | None
+    ) = None
     # tmpfs folder for the proof of a mere process restart; null looks for one.
     proof_dir: str | None = None
     # A character device mixed into keys for two SAEs at this KME; null uses the operating system.
@@ -270,6 +275,9 @@ def checked(config: NodeConfig, path: Path) -> NodeConfig:
         check_domain_id(config.domain_id, field="domain_id")
         for index, link in enumerate(config.links):
             check_kme_id(link.peer, field=f"links[{index}].peer")
+        for gateway, saes in (config.gateways if isinstance(config.gateways, dict) else {}).items():
+            for pattern in saes:
+                check_sae_id(pattern.removesuffix("*") or pattern, field=f"gateways.{gateway}")
         _check_border(config)
     except CallerError as error:
         raise ConfigError(error.message, facts={"file": path}) from error

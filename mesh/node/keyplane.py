@@ -1,8 +1,8 @@
 """The key plane's one face: what services call, and what runs in the background.
 
-Owns admission (protocol 5.2: a gateway acts only for SAEs homed here; access table, quotas, limits) and
-the assembly of the parts. What a key is, is decided in the core; where its bytes come from in
-``supply``, ``redeem`` and ``keystore``.
+Owns admission (protocol 5.2: a gateway acts only for SAEs homed here and registered to it; access
+table, quotas, limits) and the assembly of the parts. What a key is, is decided in the core; where its
+bytes come from in ``supply``, ``redeem`` and ``keystore``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from mesh.core.border_rules import BorderConfig
 from mesh.core.names import check_sae_id
 from mesh.core.network import NetworkDocument
-from mesh.core.policy import AccessRule, AccessTable, Quotas
+from mesh.core.policy import AccessRule, AccessTable, Quotas, check_registered
 from mesh.core.reserve import slots_per_key
 from mesh.core.sealed import MIN_SLOTS
 from mesh.core.transfer import KEY_PART_BYTES
@@ -444,7 +444,11 @@ class KeyPlane:
     # delivering
 
     async def get_keys(
-        self, requests: Sequence[KeyRequest], *, timeout_s: float | None = None
+        self,
+        requests: Sequence[KeyRequest],
+        *,
+        timeout_s: float | None = None,
+        saes: Sequence[str] | None = None,
     ) -> list[Delivered]:
         """Keys for masters: one result per request, in order; one failure touches no other.
 
@@ -456,6 +460,7 @@ class KeyPlane:
         for request in requests:
             result: Delivered | None = None
             try:
+                check_registered(saes, request.master_sae_id)
                 admitted = self._admit(request)
                 result = self._deliver_now(admitted)
                 if result is None:
@@ -543,14 +548,21 @@ class KeyPlane:
         return error
 
     async def get_keys_by_id(
-        self, requests: Sequence[KeyByIdRequest], *, timeout_s: float | None = None
+        self,
+        requests: Sequence[KeyByIdRequest],
+        *,
+        timeout_s: float | None = None,
+        saes: Sequence[str] | None = None,
     ) -> list[Delivered]:
         """Keys for slaves by ID: one result per request, in order; all share one durable commit."""
         limit_s = self._limit_s(timeout_s)
-        return list(await asyncio.gather(*(self._redeem(request, limit_s) for request in requests)))
+        return list(await asyncio.gather(*(self._redeem(request, limit_s, saes) for request in requests)))
 
-    async def _redeem(self, request: KeyByIdRequest, timeout_s: float) -> Delivered:
+    async def _redeem(
+        self, request: KeyByIdRequest, timeout_s: float, saes: Sequence[str] | None
+    ) -> Delivered:
         try:
+            check_registered(saes, request.slave_sae_id)
             document = self._document()
             slave, master = request.slave_sae_id, request.master_sae_id
             check_sae_id(slave, "slave_SAE_ID")
@@ -579,12 +591,13 @@ class KeyPlane:
 
     # levels
 
-    def status(self, request: StatusRequest) -> StatusResponse:
+    def status(self, request: StatusRequest, *, saes: Sequence[str] | None = None) -> StatusResponse:
         """What the calling SAE, as master, can get for the other SAE now.
 
         Raises:
             NotAuthorizedError, CallerError: as for a key request.
         """
+        check_registered(saes, request.caller_sae_id)
         document = self._document()
         pair = self._pair(document, request.caller_sae_id, request.peer_sae_id)
         limits = self._config.limits

@@ -504,11 +504,14 @@ class Node:
             raise UnavailableError("the node is stopping", reason=ErrorReason.SHUTTING_DOWN)
         self._admit_batch(context)
 
-    def _admit_gateway(self) -> None:
-        """A gateway acts only for SAEs registered to it: those of the nodes that name it (5.2)."""
+    def _admit_gateway(self) -> Sequence[str] | None:
+        """The SAEs that the caller speaks for (5.2): None for all homed here, as for tools."""
         who, gateways = caller(), self.config.gateways
-        if who.role is Role.GATEWAY and gateways is not None and who.id not in gateways:
+        if who.role is not Role.GATEWAY or gateways is None:
+            return None
+        if who.id not in gateways:
             raise NotAuthorizedError("this gateway is not registered at this node", facts={"gateway": who.id})
+        return gateways[who.id] if isinstance(gateways, dict) else None
 
     def _neighbour(self) -> str:
         """Who opens a link: the certificate's role must be the one that the network document gives it."""

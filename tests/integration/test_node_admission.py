@@ -56,12 +56,18 @@ class Site(HubNetwork):
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
+def gateways() -> Any:
+    """What kme-a's configuration says."""
+    return ["gw-a"]
+
+
+@pytest.fixture
+async def site(tmp_path: Path, gateways: Any) -> AsyncIterator[Site]:
     site = Site(tmp_path, hubs=("hub-1",), grade="dske(1,1)")
     site.put_rules(OPEN)
     config = yaml.safe_load(site.path("kme-a").read_text())
     del config["access"]
-    config |= {"access_file": str(site.table), "gateways": ["gw-a"]}
+    config |= {"access_file": str(site.table), "gateways": gateways}
     site.denied.touch()
     config["tls"]["deny_list"] = str(site.denied)
     site.path("kme-a").write_text(yaml.safe_dump(config))
@@ -119,6 +125,29 @@ async def test_5_2_a_gateway_of_another_site_neither_draws_nor_redeems_nor_looks
         for call in calls:
             assert await refusal(call) is ErrorReason.NOT_AUTHORIZED
         assert site.node("kme-a").links.links["hub-1"].status().transmit.position == used
+    finally:
+        await own.close()
+        await other.close()
+
+
+@pytest.mark.parametrize("gateways", [{"gw-a": ["sae-a"], "gw-b": ["sae-x*"]}])
+async def test_5_2_a_gateway_of_this_node_acts_only_for_the_saes_registered_to_it(site: Site) -> None:
+    """One batch may hold SAEs of either kind: the others' keys are delivered."""
+    own, other = site.client("gw-a"), site.client("gw-b")
+    try:
+        keys = await own.get_keys("sae-a", "sae-b", number=1, size_bytes=32, request_id="")
+        ids = [key.key_id for key in keys.keys]
+        calls = (
+            own.get_keys("sae-x1", "sae-b", number=1, size_bytes=32, request_id=""),
+            other.get_keys("sae-a", "sae-b", number=1, size_bytes=32, request_id=""),
+            other.get_keys_by_id("sae-a", "sae-b", ids, request_id=""),
+            other.get_status("sae-a", "sae-b", request_id=""),
+        )
+        drawing = asyncio.ensure_future(
+            own.get_keys("sae-a", "sae-b", number=1, size_bytes=32, request_id="")
+        )
+        assert await asyncio.gather(*map(refusal, calls)) == [ErrorReason.NOT_AUTHORIZED] * 4
+        assert len((await drawing).keys) == 1
     finally:
         await own.close()
         await other.close()

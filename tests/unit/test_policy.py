@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mesh.core.policy import AccessTable, Limits, Quotas, Rate, TokenBucket, WaterMarks
+from mesh.core.policy import AccessTable, Limits, Quotas, Rate, TokenBucket, WaterMarks, check_registered
 from mesh.errors import CallerError, ConfigError, ErrorReason, NotAuthorizedError, ShortageError
 
 TABLE = {
@@ -43,6 +43,25 @@ def test_a_rule_bounds_number_and_size() -> None:
         with pytest.raises(CallerError) as caught:
             rule.check(number, size)
         assert caught.value.reason is ErrorReason.LIMIT_EXCEEDED
+
+
+@pytest.mark.parametrize(
+    ("saes", "is_admitted"),
+    [
+        (None, True),
+        (["app-1"], True),
+        (["east-*", "app-*"], True),
+        (["*"], True),
+        (["app"], False),
+        ([], False),
+    ],
+)
+def test_a_gateway_speaks_for_the_saes_registered_to_it(saes: list[str] | None, is_admitted: bool) -> None:
+    if is_admitted:
+        check_registered(saes, "app-1")
+    else:
+        with pytest.raises(NotAuthorizedError):
+            check_registered(saes, "app-1")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ class KeyDeliveryService(StreamedDelivery):
     Args:
         plane: decides.
         staleness_s: age of what the directory said, in seconds.
-        admit: raises if the caller is not one of this node's gateways (protocol 5.2).
+        admit: the SAEs that the calling gateway speaks for, None for all; raises if it is none of this
+            node's (protocol 5.2).
         audit: writes one line per element (who, pair, key_IDs, result); raising it withholds the answer.
         readmit: asked for each batch of a stream whether its caller may still call; raises if not.
     """
@@ -42,7 +43,7 @@ class KeyDeliveryService(StreamedDelivery):
         plane: KeyPlane,
         *,
         staleness_s: Callable[[], float],
-        admit: Callable[[], None],
+        admit: Callable[[], Sequence[str] | None],
         audit: Audit | None = None,
         readmit: Callable[[Any], None] | None = None,
     ) -> None:
@@ -54,17 +55,16 @@ class KeyDeliveryService(StreamedDelivery):
 
     async def GetStatus(self, request: pb.StatusRequest, context: object) -> pb.StatusResponse:
         """What the node can deliver to a pair."""
-        self._admit()
-        response = self._plane.status(request)
+        response = self._plane.status(request, saes=self._admit())
         response.directory_staleness_s = min(self._staleness_s(), 1e9)
         return response
 
     async def GetKeys(self, request: pb.GetKeysRequest, context: Timed | None) -> pb.GetKeysResponse:
         """Draws keys for masters."""
-        self._admit()
+        saes = self._admit()
         _check_batch(len(request.requests))
         with batch("draw", request.requests):
-            results = await self._plane.get_keys(request.requests, timeout_s=_left_s(context))
+            results = await self._plane.get_keys(request.requests, timeout_s=_left_s(context), saes=saes)
         if self._audit is not None:
             self._audit(
                 "keys_drawn",
@@ -79,10 +79,12 @@ class KeyDeliveryService(StreamedDelivery):
         self, request: pb.GetKeysByIdRequest, context: Timed | None
     ) -> pb.GetKeysByIdResponse:
         """Redeems keys for slaves."""
-        self._admit()
+        saes = self._admit()
         _check_batch(len(request.requests))
         with batch("redeem", request.requests):
-            results = await self._plane.get_keys_by_id(request.requests, timeout_s=_left_s(context))
+            results = await self._plane.get_keys_by_id(
+                request.requests, timeout_s=_left_s(context), saes=saes
+            )
         if self._audit is not None:
             self._audit(
                 "keys_redeemed",
