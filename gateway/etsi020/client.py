@@ -2,7 +2,8 @@
 
 Owns that a request goes to a configured peer and nobody else: its own roots, its pin checked in the handshake
 before a byte of any request leaves, TLS 1.3, no redirects, nothing decompressed, every answer bounded.
-Connections are kept, and one to each peer is kept warm. Retries are the node's.
+Connections are kept, and one to each peer is kept warm; none is used again once its certificate would not be
+admitted any more. Retries are the node's.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
 import aiohttp
+from cryptography import x509
 
 from gateway.config import Etsi020Settings, KeyManager
 from gateway.etsi020.errors import Refusal
@@ -56,11 +59,25 @@ _VERSIONS_PATH: Final = "/kmapi/versions"
 
 
 @dataclass(slots=True)
+class _Trust:
+    """TLS towards one peer. Kept connections belong to their context, so that a new one uses none of them.
+
+    Attributes:
+        shown: certificates that were admitted in its handshakes, by fingerprint.
+        pins: in force when they were.
+    """
+
+    context: ssl.SSLContext
+    pins: Pins
+    shown: dict[str, x509.Certificate] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Peer:
     settings: KeyManager
     files: TlsFiles
     watch: FileWatch
-    context: ssl.SSLContext
+    trust: _Trust
     trouble: str = ""
 
 
@@ -118,7 +135,7 @@ class PeerClient:
         for peer in self._peers.values():
             if peer.watch.changed():
                 try:
-                    peer.context = self._context(peer.settings.kme_id, peer.files)
+                    peer.trust = self._trust(peer.settings.kme_id, peer.files)
                 except ConfigError as error:
                     _LOG.error(
                         "certificate towards a peer not renewed",
@@ -198,12 +215,15 @@ class PeerClient:
     ) -> aiohttp.client._RequestContextManager:
         if self._session is None:
             raise RuntimeError("the client is not open")
+        trust = peer.trust
+        if trust.pins is not self._pins() or any(map(self._is_withdrawn, trust.shown.values())):
+            trust = peer.trust = self._trust(peer.settings.kme_id, peer.files)
         return self._session.request(
             verb,
             url,
             data=body,
             headers={"X-Request-Id": clean_request_id(request_id)} if request_id else None,
-            ssl=peer.context,
+            ssl=trust.context,
             server_hostname=peer.settings.server_name,
             allow_redirects=False,
             timeout=timeout,
@@ -212,22 +232,29 @@ class PeerClient:
     def _peer(self, settings: KeyManager, base: Path) -> _Peer:
         files = TlsFiles(base / settings.ca, base / self._settings.cert, base / self._settings.key)
         watch = FileWatch(files.watched, interval_s=0)
-        return _Peer(settings, files, watch, self._context(settings.kme_id, files))
+        return _Peer(settings, files, watch, self._trust(settings.kme_id, files))
 
-    def _context(self, kme_id: str, files: TlsFiles) -> ssl.SSLContext:
+    def _is_withdrawn(self, certificate: x509.Certificate) -> bool:
+        return certificate.not_valid_after_utc.timestamp() < time.time() or self._deny_list.denies(
+            fingerprint=fingerprint_of(certificate), serial=serial_of(certificate)
+        )
+
+    def _trust(self, kme_id: str, files: TlsFiles) -> _Trust:
         context = client_context(
             files,
             minimum="1.3",
             expected=Expectation(is_server=True, is_client=True),
             what=f"etsi020 towards {kme_id}",
         )
+        trust = _Trust(context, self._pins())
 
         def check(der: bytes | None) -> None:
             certificate = read_der(der or b"")
             if not self._pins().of(kme_id).fits(certificate):
                 raise NotAuthorizedError("the server's certificate is not the pinned key manager's")
-            if self._deny_list.denies(fingerprint=fingerprint_of(certificate), serial=serial_of(certificate)):
-                raise NotAuthorizedError("the server's certificate is on the deny list")
+            if self._is_withdrawn(certificate):
+                raise NotAuthorizedError("the server's certificate is on the deny list, or has expired")
+            trust.shown[fingerprint_of(certificate)] = certificate
 
         class PinnedObject(ssl.SSLObject):
             """Checks the pin as the last step of the handshake, so that no request leaves before."""
@@ -240,7 +267,7 @@ class PeerClient:
                     raise ssl.SSLCertVerificationError(error.message) from error
 
         context.sslobject_class = PinnedObject
-        return context
+        return trust
 
 
 def _body_of(job: Job) -> bytes:

@@ -1,7 +1,7 @@
 """The methods of ETSI GS QKD 020 V1.1.1 that peers call: decode, ask the node, encode.
 
 Knows no sockets and no TLS. Owns one promise: 400 and 401 to ``ext_keys`` say that nothing is held for any
-key of the request, so before this interface refuses one by itself it asks the node, and says 503 where
+key of the request, so before this interface refuses a peer's by itself it asks the node, and says 503 where
 that would be a lie (clause on key association). The node decides everything else.
 """
 
@@ -85,14 +85,8 @@ class Etsi020:
             return answer_of(await self._truthful(refusal, request.caller, method, body), method)
 
     async def refuse_stranger(self, request: Request) -> Answer:
-        """401, or 503 where keys of the request are held: it may come from a peer with a new certificate."""
-        method = "other"
-        try:
-            method = _method(request)
-            body = await read_json(request) if method == "ext_keys" else b""
-        except HttpRefusal as refusal:
-            return self.refused(refusal, method)
-        return answer_of(await self._truthful(unauthorized(), "", method, body), method)
+        """401, whatever was asked and whatever is held: another answer would tell which keys there are."""
+        return answer_of(unauthorized(), "other")
 
     def refused(self, refusal: HttpRefusal, method: str = "other") -> Answer:
         """The answer for what HTTP itself refused."""

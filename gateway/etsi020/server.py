@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -34,6 +36,8 @@ from mesh.ops.tls import ServerTls, TlsFiles
 from mesh.ops.watch import FileWatch
 
 _LOG = logging.getLogger("keymesh.gateway")
+
+AGAIN_S: Final = 1.0
 
 
 class BorderSide:
@@ -119,8 +123,8 @@ class BorderSide:
         self.port = self._listener.sockets[0].getsockname()[1]
         self._client.open()
         self._tasks = [
-            loop.create_task(self._client.keep_warm(), name="warm peers"),
-            loop.create_task(self._runner.run(), name="post to peers"),
+            loop.create_task(lasting("warm peers", self._client.keep_warm)),
+            loop.create_task(lasting("post to peers", self._runner.run)),
         ]
         _LOG.info("listening for key managers", extra={"https_port": self.port})
 
@@ -151,3 +155,13 @@ class BorderSide:
 
     def _identify(self, der: bytes) -> Identified:
         return self._pins.identify(der)
+
+
+async def lasting(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Background work that nobody may miss: a fault of ours is logged, and it begins again."""
+    while True:
+        try:
+            await work()
+        except Exception:  # noqa: BLE001 - whatever it is, requests must go on
+            _LOG.exception("background work failed and begins again", extra={"work": what})
+        await asyncio.sleep(AGAIN_S)

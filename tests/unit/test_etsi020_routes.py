@@ -39,6 +39,7 @@ class FakeBorder:
         self._called("ack", peer, acks[0].association, list(acks[0].key_ids), options)
 
     async def holds_keys(self, peer: str, key_ids: Sequence[UUID], *, timeout_s: float) -> bool:
+        self.calls.append(("holds", peer))
         return bool(self.held & set(key_ids))
 
     def _called(
@@ -111,24 +112,39 @@ async def test_a_mandatory_extension_is_refused_with_503_and_nothing_stored() ->
 
 
 @pytest.mark.parametrize(
-    ("body", "error", "caller"),
+    ("body", "error", "status"),
     [
-        (ext_keys(initiator_sae_id=None), None, "uk-x"),
-        (ext_keys() + b"}", None, "uk-x"),
-        (ext_keys(), CallerError("no", facts={"problem": Problem.UNKNOWN_TARGET.value}), "uk-x"),
-        (ext_keys(), None, ""),
+        (ext_keys(initiator_sae_id=None), None, 400),
+        (ext_keys() + b"}", None, 400),
+        (ext_keys(), CallerError("no", facts={"problem": Problem.UNKNOWN_TARGET.value}), 400),
+        (ext_keys(), CallerError("no", facts={"problem": Problem.FOREIGN_INITIATOR.value}), 401),
     ],
 )
-async def test_400_and_401_are_said_only_while_nothing_is_held(
-    body: bytes, error: MeshError | None, caller: str
+async def test_400_and_401_are_said_to_a_peer_only_while_nothing_is_held_from_it(
+    body: bytes, error: MeshError | None, status: int
 ) -> None:
-    clean = await ask(FakeBorder(error), V1, body, caller=caller)
-    assert clean.status == (400 if caller else 401)
-    held = await ask(FakeBorder(error, {ID}), V1, body, caller=caller)
+    assert (await ask(FakeBorder(error), V1, body)).status == status
+    border = FakeBorder(error, {ID})
+    held = await ask(border, V1, body)
     assert (held.status, json.loads(held.body)["type"].rpartition("/")[2]) == (
         503,
         "server-side-general-error",
     )
+    assert border.calls[-1] == ("holds", "uk-x")
+
+
+@pytest.mark.parametrize("target", [V1, f"{V1}/ack", f"{V1}/void", "/kmapi/versions", "/else"])
+async def test_a_stranger_hears_the_same_whatever_is_held_and_the_node_is_not_even_asked(target: str) -> None:
+    border = FakeBorder(held={ID})
+    answers = {await _stranger(one, target) for one in (border, FakeBorder())}
+    assert {answer[0] for answer in answers} == {401}
+    assert len(answers) == 1
+    assert border.calls == []
+
+
+async def _stranger(border: FakeBorder, target: str) -> tuple[int, bytes]:
+    answer = await ask(border, target, ext_keys(), caller="")
+    return answer.status, answer.body
 
 
 async def test_an_unreachable_node_is_503() -> None:

@@ -19,7 +19,7 @@ class Meta(Table):
         return bytes(row[0]) if row else None
 
     def put(self, name: str, value: bytes) -> None:
-        """Store or replace; for facts that are not secret (document, identity)."""
+        """Store or replace: documents, identities, the code key of a border; no key and no pad byte."""
         self._run("INSERT OR REPLACE INTO meta VALUES (?, ?)", name, value)
 
     def serial(self, name: str) -> int:
