@@ -14,6 +14,7 @@ from mesh.node.ports import LinkPlanePort, LinkPort
 from mesh.v1.link_pb2 import ShareItem
 from tests.fakes.link_sites import DevicePair, Pair, Shares, share_of
 from tests.fakes.link_wire import Wire
+from tests.fakes.stillness import until_still
 
 TAG_KEY = 32
 FILLED = 128 << 10
@@ -42,14 +43,6 @@ class Joined:
     def position(self) -> int:
         return self.link.status().transmit.position
 
-    async def until_still(self) -> None:
-        """Nobody else uses the lane: a real link ingests and reports at first."""
-        while True:
-            before = self.position()
-            await asyncio.sleep(0.2)
-            if self.position() == before:
-                return
-
 
 @pytest.fixture(params=["memory", "real"])
 async def joined(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Joined]:
@@ -64,15 +57,13 @@ async def joined(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         return
     pair = Pair(tmp_path, devices=DevicePair(2 * FILLED))
     await pair.start()
-    await pair.a.until(lambda: pair.devices.budget_bytes < 1024)
+    await until_still(pair.a, pair.b, pair.devices)
 
     async def stop_peer() -> None:
         await pair.b.plane.stop()
         await pair.a.until(lambda: not pair.a.link.is_open)
 
-    joined = Joined(pair.a.plane, pair.b.shares, stop_peer)
-    await joined.until_still()
-    yield joined
+    yield Joined(pair.a.plane, pair.b.shares, stop_peer)
     await pair.stop()
 
 

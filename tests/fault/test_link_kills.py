@@ -40,7 +40,7 @@ async def run_site(root: Path, proof: Path, failpoint: str | None) -> tuple[int,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), 90)
     assert process.returncode in (0, -signal.SIGKILL), err.decode()
     return process.returncode, out.decode()
 

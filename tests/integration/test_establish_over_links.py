@@ -91,7 +91,6 @@ class LinkedNetwork(KeyNetwork):
         await until(
             lambda: all(link.is_open for plane in self.planes.values() for link in plane.links.values()),
         )
-        await asyncio.sleep(0.2)
 
     def spent(self, kme: str, peer: str) -> int:
         """Lane bytes that a node used for shares towards a neighbour."""
@@ -158,13 +157,12 @@ async def test_refill_over_real_links_and_same_kme_keys(tmp_path: Path) -> None:
     network = LinkedNetwork(tmp_path, material=2 << 20, config=config)
     await network.start("kme-c", "kme-b", "kme-a")
     try:
+        plane = network.plane("kme-a")
+        books = plane.reserves.outbound
         await until(
-            lambda: any(
-                book.level_bytes >= 64 * 1024
-                for book in [network.plane("kme-a").reserves.outbound.get("kme-c")]
-                if book
-            ),
+            lambda: all(peer in books and books[peer].level_bytes >= 64 * 1024 for peer in ("kme-b", "kme-c"))
         )
+        await until(lambda: plane.establisher.in_flight == 0)
         before = network.spent("kme-a", "kme-b")
         drawn = await network.get("sae-a", "sae-c", 100)
         ids = [key_id for key_id, _ in drawn.keys]

@@ -16,11 +16,14 @@ from mesh.core.keyid import parse
 from mesh.errors import (
     CallerError,
     ErrorReason,
+    IntegrityError,
     MeshError,
     NotAuthorizedError,
     ShortageError,
     UnavailableError,
 )
+from mesh.node.underway import Order
+from mesh.node.underway import Order
 from mesh.v1.keys_pb2 import KeyRequest, StatusRequest
 from tests.fakes.key_network import HASTY, LINE, NO_PREFILL, KeyNetwork, until
 
@@ -248,6 +251,32 @@ async def test_a_source_that_lost_its_disk_skips_the_epochs_the_target_knows(
     assert (await line.redeem("sae-c", "sae-a", [drawn.keys[0][0]])).keys == drawn.keys
 
 
+async def test_a_header_that_is_too_long_burns_nothing_and_says_why(line: KeyNetwork) -> None:
+    before = line.wire.burnt("kme-a", "kme-b")
+    with pytest.raises(ShortageError) as caught:
+        await line.plane("kme-a").establisher.establish(
+            Order("kme-c", 1, attachment=bytes(16 * 1024)), timeout_s=3.0
+        )
+    assert caught.value.reason is ErrorReason.GRADE_UNAVAILABLE
+    assert line.wire.burnt("kme-a", "kme-b") == before
+
+
+async def test_a_transfer_that_cannot_be_sent_is_not_under_way(
+    line: KeyNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise IntegrityError("the pad file is gone", reason=ErrorReason.STATE_CORRUPT)
+
+    link = line.wire.planes["kme-a"].link("kme-b")
+    assert link is not None
+    with monkeypatch.context() as broken:
+        broken.setattr(link, "send", fail)
+        with pytest.raises(IntegrityError):
+            await line.get("sae-a", "sae-c")
+    assert line.plane("kme-a").establisher.in_flight == 0
+    await line.get("sae-a", "sae-c")
+
+
 async def test_a_lost_confirm_is_asked_for(line: KeyNetwork) -> None:
     line.on_call = lambda kind, *_: kind != "confirm"
     drawn = await line.get("sae-a", "sae-c")
@@ -268,9 +297,15 @@ async def test_no_material_is_a_shortage_and_no_slots_are_lost(tmp_path: Path) -
     network = KeyNetwork(tmp_path, LINE, filled=100, config=HASTY)
     await network.start()
     try:
-        with pytest.raises(ShortageError) as caught:
-            await network.get("sae-a", "sae-c")
-        assert caught.value.reason == ErrorReason.OUT_OF_MATERIAL
+        asked, established = await asyncio.gather(
+            network.get("sae-a", "sae-c"),
+            network.plane("kme-a").establisher.establish(Order("kme-c", 1), timeout_s=3.0),
+            return_exceptions=True,
+        )
+        assert isinstance(established, ShortageError)
+        assert established.reason == ErrorReason.OUT_OF_MATERIAL
+        # On a busy machine the caller's own time may run out before it learns why.
+        assert isinstance(asked, ShortageError | UnavailableError)
         assert network.wire.burnt("kme-a", "kme-b") == 0
     finally:
         await network.stop()

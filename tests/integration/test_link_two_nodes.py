@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from mesh.node.transport import DialledTransport
 from mesh.store.tables import ExtentRow, Tables
 from mesh.v1.link_pb2 import ShareItem
 from tests.fakes.link_sites import DevicePair, Document, Site, proof_folder, send_share, share_of
+from tests.fakes.stillness import until_still
 
 HELLO = 32
 
@@ -72,12 +72,7 @@ class GrpcPair:
 
     async def until_quiet(self) -> None:
         """Wait until ingest has nothing more to do, so that bytes can be counted."""
-        await self.a.until(lambda: self.devices.budget_bytes < 1024)
-        while True:
-            before = len(self.a.uses.ranges) + len(self.b.uses.ranges)
-            await asyncio.sleep(0.15)
-            if before == len(self.a.uses.ranges) + len(self.b.uses.ranges):
-                return
+        await until_still(self.a, self.b, self.devices)
 
     async def stop_a(self) -> None:
         await self.a.crash()
@@ -185,6 +180,7 @@ async def test_proven_restart_resumes_at_its_mark(pair: GrpcPair) -> None:
     if pair.proof is None:
         pytest.skip("no tmpfs on this machine")
     await send_share(pair.a, b"one")
+    await pair.a.until(lambda: not pair.a.link.lanes.tx.is_moving)
     lane = pair.a.link.lanes.tx.lane
     mark, position, stride = lane.mark, lane.position, lane.limits.stride_bytes
     uses = pair.a.uses
@@ -251,12 +247,13 @@ async def test_newer_document_is_handed_over(pair: GrpcPair) -> None:
     assert pair.a.document.signed_bytes() == b"7:signed"
 
 
-def _is_wiped(end: AnyEnd, position: int) -> bool:
-    return end.material.wiped_to >= position
-
-
 def _extents(end: AnyEnd, tables: Tables) -> list[ExtentRow]:
     return tables.extents.list(end.lane_id)
+
+
+def _is_wiped(site: Site, end: AnyEnd, position: int) -> bool:
+    first = site.store.read(partial(_extents, end))[0]
+    return not any(site.store.pads.read(first.file, 0, min(position, first.stop))[ROOT_BYTES:])
 
 
 async def test_used_bytes_are_wiped_on_disk(pair: GrpcPair) -> None:
@@ -270,11 +267,7 @@ async def test_used_bytes_are_wiped_on_disk(pair: GrpcPair) -> None:
     for site, end in ends:
         position = end.lane.position
         site.link.tidy()
-        await site.until(partial(_is_wiped, end, position))
-        await asyncio.sleep(0.05)
-        first = site.store.read(partial(_extents, end))[0]
-        left = site.store.pads.read(first.file, 0, min(position, first.stop))
-        assert not any(left[ROOT_BYTES:])
+        await site.until(partial(_is_wiped, site, end, position))
 
 
 async def test_claims_refuse_what_does_not_fit(pair: GrpcPair) -> None:

@@ -56,21 +56,33 @@ def burnt(network: KeyNetwork) -> tuple[int, int]:
     return network.wire.burnt("kme-a", "kme-b"), network.wire.burnt("kme-b", "kme-c")
 
 
+async def until_settled(network: KeyNetwork) -> None:
+    """Nothing of a is under way: what a burnt has arrived, or was refused."""
+    await until(lambda: network.plane("kme-a").establisher.in_flight == 0)
+
+
 @pytest.mark.slow
 async def test_levels_further_on_pace_refills(tmp_path: Path) -> None:
-    network = LevelNetwork(tmp_path, ENDS, config=HUNGRY)
+    """Told whenever nothing is under way, a level costs nothing at all: every byte goes on."""
+    network = LevelNetwork(tmp_path, ENDS, config=HUNGRY, told_every_s=0)
     set_lane(network, "kme-b", "kme-c", 256 * 1024)
+    lane = network.wire.planes["kme-b"].ends["kme-c"].lane
     await network.start()
     try:
-        async with dripping(network, "kme-b", "kme-c", per_s=128 * 1024):
-            await asyncio.sleep(5.0)
-            first, second = burnt(network)
+        async with asyncio.timeout(120):
+            used = 0
+            while burnt(network)[1] <= 400 * 1024:
+                await until(lambda used=used: burnt(network)[0] > used)  # type: ignore[misc]
+                await until_settled(network)
+                used = burnt(network)[0]
+                lane.filled += 64 * 1024
+                network.tell()
+            await until_settled(network)
+        first, second = burnt(network)
     finally:
         await network.stop()
-    assert second > 400 * 1024
-    # One transfer may be on its way when all stops, and one lost because a level was told while it was:
-    # without levels it is three or more.
-    assert first <= second + 2 * HUNGRY.transfer_max_bytes
+    assert first == second
+    assert not any(kind == "report" for kind, *_ in network.calls)
 
 
 @pytest.mark.slow
@@ -82,10 +94,13 @@ async def test_refusals_pace_refills_where_no_levels_are_known(tmp_path: Path) -
         async with dripping(network, "kme-b", "kme-c", per_s=128 * 1024):
             await until(lambda: any(kind == "report" for kind, *_ in network.calls))
             await asyncio.sleep(1.0)
-            before = burnt(network)
+        await until_settled(network)
+        before = burnt(network)
+        async with dripping(network, "kme-b", "kme-c", per_s=128 * 1024):
             await until(lambda: burnt(network)[1] - before[1] > 256 * 1024)
-            after = burnt(network)
-            reports = [message for kind, *_, message in network.calls if kind == "report"]
+        await until_settled(network)
+        after = burnt(network)
+        reports = [message for kind, *_, message in network.calls if kind == "report"]
     finally:
         await network.stop()
     assert reports
@@ -93,11 +108,11 @@ async def test_refusals_pace_refills_where_no_levels_are_known(tmp_path: Path) -
     # Running into the wall costs what was under way, here 4 transfers; probing it then costs little.
     assert before[0] <= before[1] + 5 * HUNGRY.transfer_max_bytes
     first, second = after[0] - before[0], after[1] - before[1]
-    assert first <= 1.1 * second
+    assert first <= 1.1 * second + HUNGRY.transfer_max_bytes
 
 
 async def test_a_refused_key_on_demand_fails_at_once_with_the_relays_reason(tmp_path: Path) -> None:
-    network = KeyNetwork(tmp_path, ENDS)
+    network = KeyNetwork(tmp_path, ENDS, config=replace(NO_PREFILL, request_timeout_s=30.0))
     await network.start()
     try:
         await network.get("sae-a", "sae-c")
@@ -107,7 +122,7 @@ async def test_a_refused_key_on_demand_fails_at_once_with_the_relays_reason(tmp_
             await network.get("sae-a", "sae-c")
         assert caught.value.reason == ErrorReason.NO_ROUTE
         assert caught.value.retry_after_s > 0
-        assert asyncio.get_running_loop().time() - before < 1.0
+        assert asyncio.get_running_loop().time() - before < 15
         network.wire.cut("kme-b", "kme-c", is_open=True)
         drawn = await network.get("sae-a", "sae-c")
         assert (await network.redeem("sae-c", "sae-a", [drawn.keys[0][0]])).keys == drawn.keys
