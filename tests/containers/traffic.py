@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import re
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +19,11 @@ _PAUSE_S = 0.1
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the keys that were acknowledged."""
+    """What became of the keys that were acknowledged, and why others were refused."""
 
     acknowledged: int = 0
     delivered: int = 0
-    refusals: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
 
 
@@ -56,9 +58,9 @@ class Traffic:
             while not self._stop.is_set():
                 try:
                     keys = source.enc_keys(slave, number=2)
-                except (RefusedError, OSError, http.client.HTTPException):
+                except (RefusedError, OSError, http.client.HTTPException) as error:
                     # Nothing was acknowledged, so nothing is owed.
-                    tally.refusals += 1
+                    tally.refusals[_reason(error)] += 1
                     self._stop.wait(_PAUSE_S)
                     continue
                 tally.acknowledged += len(keys)
@@ -68,6 +70,14 @@ class Traffic:
                     else:
                         tally.delivered += 1
                 self._stop.wait(0.02)
+
+
+def _reason(error: Exception) -> str:
+    """The reason that an answer names, or its status; of what was no answer, its kind."""
+    if not isinstance(error, RefusedError):
+        return type(error).__name__
+    found = re.search(rb'"reason":\s*"([^"]+)"', error.body)
+    return found[1].decode() if found else str(error.status)
 
 
 def _fetch(target: Encryptor, master: str, key: FetchedKey) -> str:
