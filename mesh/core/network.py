@@ -19,7 +19,7 @@ from mesh.errors import ConfigError, PeerError
 
 MAX_ROUTES = 16
 """Bound on n: at most C(16,8) = 12 870 subsets are searched (reference: DSKE reconstruction)."""
-MAX_HOPS = 64
+MAX_ROUTE_NODES = 32
 
 Route = tuple[str, ...]
 """KME ids from source to target, both included."""
@@ -264,7 +264,7 @@ def permitted_transit(document: NetworkDocument, policy: PairPolicy) -> frozense
 
 
 def _check_route(document: NetworkDocument, permitted: Container[str], route: Route, index: int) -> None:
-    if not 2 <= len(route) <= MAX_HOPS + 1 or len(set(route)) != len(route):
+    if not 2 <= len(route) <= MAX_ROUTE_NODES or len(set(route)) != len(route):
         raise _refused("route is too long or visits a node twice", route=index)
     for here, there in pairwise(route):
         if there not in document.neighbours(here):

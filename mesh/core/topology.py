@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import combinations, pairwise
 
-from mesh.core.network import GradeKind, NetworkDocument, Route, permitted_transit
+from mesh.core.network import MAX_ROUTE_NODES, GradeKind, NetworkDocument, Route, permitted_transit
 from mesh.errors import ErrorReason, ShortageError
 
 HOP = 1000
@@ -128,8 +128,21 @@ def routes_for_pair(
 
     Raises:
         ShortageError: NO_ROUTE for trusted relay, GRADE_UNAVAILABLE when fewer than n disjoint
-            routes exist.
+            routes exist, or one is longer than a transfer may name.
     """
+    routes = _routes_for_pair(document, graph, source, target, avoid)
+    if longest := max((len(route) for route in routes if len(route) > MAX_ROUTE_NODES), default=0):
+        raise ShortageError(
+            "a route of the pair is too long",
+            reason=ErrorReason.GRADE_UNAVAILABLE if len(routes) > 1 else ErrorReason.NO_ROUTE,
+            facts={"source": source, "target": target, "nodes": longest, "at_most": MAX_ROUTE_NODES},
+        )
+    return routes
+
+
+def _routes_for_pair(
+    document: NetworkDocument, graph: Graph, source: str, target: str, avoid: Collection[str]
+) -> tuple[Route, ...]:
     policy = document.policy(source, target)
     permitted = permitted_transit(document, policy).difference(avoid)
     if policy.grade.kind is GradeKind.TRUSTED_RELAY:

@@ -12,8 +12,8 @@ from enum import IntEnum
 
 from mesh.core import names
 from mesh.core.gf128 import secret_tag
-from mesh.core.network import Grade, NetworkDocument, check_routes
-from mesh.errors import MeshError, PeerError
+from mesh.core.network import MAX_ROUTE_NODES, Grade, NetworkDocument, check_routes
+from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError
 
 TAG_KEY_BYTES = 48
 CONFIRM_KEY_BYTES = 32
@@ -26,7 +26,6 @@ TAG_BYTES = 16
 MAX_EPOCH = (1 << 12) - 1
 MAX_SLOT = (1 << 36) - 1
 MAX_SLOT_COUNT = 1 << 20
-MAX_ROUTE_NODES = 32
 MAX_ATTACHMENT_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 16 * 1024
 
@@ -83,6 +82,7 @@ class TransferHeader:
         """The canonical encoding, at most 16 KiB.
 
         Raises:
+            ShortageError: GRADE_UNAVAILABLE: the routes and the attachment are too long for one header.
             ValueError: a field is out of range (a fault of ours, never input).
         """
         t = self.transfer
@@ -98,7 +98,12 @@ class TransferHeader:
             parts.append(_uint(sum(1 << route for route in self.left_out), 2))
         encoded = b"".join(parts)
         if len(encoded) > MAX_HEADER_BYTES:
-            raise ValueError("transfer header is longer than 16 KiB")
+            raise ShortageError(
+                "the routes of the pair's grade are too long for a transfer's header",
+                reason=ErrorReason.GRADE_UNAVAILABLE,
+                facts={"header_bytes": len(encoded), "at_most": MAX_HEADER_BYTES},
+                retry_after_s=2.0,
+            )
         return encoded
 
     @classmethod

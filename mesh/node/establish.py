@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from mesh.core import mac, otp, sharing
 from mesh.core.collector import Verdict
@@ -46,6 +47,9 @@ _MAX_QUERY_PAUSE_S = 4.0
 _MAX_IN_FLIGHT = 1024
 _MAX_WRONG_CONFIRMS = 1 << 10
 _OPEN_TRIES = 4
+#: Refusals within an hour that may cost an epoch each: 4 096 epochs last for weeks of forged ones.
+_MAX_EPOCHS_REFUSED = 4
+_REFUSED_WITHIN_S = 3600.0
 #: A target that has heard nothing over a route for so long will not hear it in time.
 _ROUTE_LATE_S = 1.2
 
@@ -86,6 +90,7 @@ class Establisher:
         self._open_epoch = open_epoch
         self._underway = Underway(watch, around.metrics)
         self._opening: dict[str, asyncio.Lock] = {}
+        self._refused_at_s: dict[str, list[float]] = {}
 
     @property
     def in_flight(self) -> int:
@@ -202,7 +207,7 @@ class Establisher:
             await self._await_confirm(transfer, deadline)
             is_confirmed = True
         except _EpochRefusedError:
-            self.forget_epoch(book)
+            is_confirmed = False
         except RouteError:
             if transfer is None or not self._has_others(transfer):
                 raise
@@ -223,19 +228,16 @@ class Establisher:
     def _send(
         self, order: Order, book: OutboundBook, *, first: int, attachment: bytes, paths: Sequence[Path]
     ) -> Transfer:
-        """Claims on every link, derives shares and tag, sends: one sync section (pad rule 8)."""
+        """Claims on every link, derives shares and tag, sends: one sync section (pad rule 8).
+
+        Raises:
+            ShortageError: GRADE_UNAVAILABLE, and nothing claimed: the grade changed, or no header takes it.
+        """
         grade = self._paths.grade(book.peer)
         if str(grade) != book.grade or len(paths) != grade.n:
             raise ShortageError(
                 "the pair's grade changed", reason=ErrorReason.GRADE_UNAVAILABLE, retry_after_s=0.1
             )
-        length = PREFIX_BYTES + len(attachment) + SLOT_BYTES * order.slots
-        live = [(index, path.link) for index, path in enumerate(paths) if path.link is not None]
-        claims: list[Claim] = [
-            link.claim(length, 0) if index < grade.k else link.claim(0, length) for index, link in live
-        ]
-        secret, derived = sharing.derive(grade.k, grade.n, [claim.raw for claim in claims[: grade.k]])
-        parts = split_secret(secret, len(attachment))
         header = TransferHeader(
             transfer=TransferId(self._around.own_id, book.peer, book.epoch, first),
             slot_count=order.slots,
@@ -244,29 +246,44 @@ class Establisher:
             routes=tuple(path.route for path in paths),
             left_out=tuple(index for index, path in enumerate(paths) if path.link is None),
             expires_at_s=int(self._around.now_s()) + _EXPIRES_AFTER_S,
-            attachment=otp.xor(attachment, parts.attachment_pad) if attachment else b"",
+            attachment=bytes(len(attachment)),
         )
         encoded = header.encode()
+        length = header.length_bytes
+        live = [(index, path.link) for index, path in enumerate(paths) if path.link is not None]
+        claims: list[Claim] = [
+            link.claim(length, 0) if index < grade.k else link.claim(0, length) for index, link in live
+        ]
+        secret, derived = sharing.derive(grade.k, grade.n, [claim.raw for claim in claims[: grade.k]])
+        parts = split_secret(secret, len(attachment))
+        if attachment:
+            header = replace(header, attachment=otp.xor(attachment, parts.attachment_pad))
+            encoded = header.encode()
         tag = transfer_tag(encoded, secret)
         book.hold(first, order.slots, order.kind, parts.payload, persists=order.persists)
         sent = frozenset(index for index, _ in live)
         identifier = "" if order.priority == BULK else (order.request_id or request_id.get())[:64]
         transfer = Transfer(header, tag, parts.confirm_key, book, order, sent)
+        # Confirms may come as soon as the last share is out.
         self._underway.add(transfer)
-        for (index, link), claim in zip(live, claims, strict=True):
-            item = ShareItem(
-                header=encoded,
-                tag=tag,
-                route=index,
-                hop=0,
-                length_bytes=length,
-                is_raw=index < grade.k,
-                request_id=identifier,
-                priority=order.priority,
-            )
-            link.send(claim, [item], b"" if index < grade.k else derived[index - grade.k])
-            if order.priority == BULK:
-                self._paths.spent(paths[index], length)
+        try:
+            for (index, link), claim in zip(live, claims, strict=True):
+                item = ShareItem(
+                    header=encoded,
+                    tag=tag,
+                    route=index,
+                    hop=0,
+                    length_bytes=length,
+                    is_raw=index < grade.k,
+                    request_id=identifier,
+                    priority=order.priority,
+                )
+                link.send(claim, [item], b"" if index < grade.k else derived[index - grade.k])
+                if order.priority == BULK:
+                    self._paths.spent(paths[index], length)
+        except BaseException:
+            del self._underway.in_flight[header.transfer]
+            raise
         return transfer
 
     async def _await_confirm(self, transfer: Transfer, deadline: float) -> None:
@@ -347,12 +364,11 @@ class Establisher:
             transfer.arrived = frozenset(answer.arrived_routes)
 
     def _refused(self, transfer: Transfer, answer: TransferAnswer) -> None:
-        """Nobody authenticates a refusal: it costs the transfer, and at most one epoch number."""
+        """Nobody authenticates a refusal: it costs the transfer, and an hour of them a few epoch numbers."""
         target = transfer.header.transfer.target
         if transfer.done.done():
             return
-        if answer.reason == ErrorReason.PEER_REFUSED:
-            self._reserves.skip_epochs(target, answer.highest_epoch)
+        if answer.reason == ErrorReason.PEER_REFUSED and self._gives_up(transfer.book, answer.highest_epoch):
             transfer.done.set_exception(_EpochRefusedError("the target refused the reserve epoch"))
             return
         transfer.done.set_exception(
@@ -363,6 +379,29 @@ class Establisher:
                 facts={"target": target, "cause": answer.reason[:64]},
             )
         )
+
+    def _gives_up(self, book: OutboundBook, highest_epoch: int) -> bool:
+        """Gives an epoch up that its target is said to refuse; not when that was said too often."""
+        if not book.is_open:
+            return True
+        now_s = self._around.monotonic_s()
+        recent = self._recently_refused(book.peer)
+        if len(recent) >= _MAX_EPOCHS_REFUSED:
+            self._around.alarms.raise_alarm(
+                f"establish/{book.peer}/epochs",
+                "critical",
+                f"{_MAX_EPOCHS_REFUSED} reserve epochs refused within an hour; no more are given up",
+                "was a data directory put back to an older state? If not, somebody answers in between",
+            )
+            return False
+        self._refused_at_s[book.peer] = [*recent, now_s]
+        self._reserves.skip_epochs(book.peer, highest_epoch)
+        self.forget_epoch(book)
+        return True
+
+    def _recently_refused(self, peer: str) -> list[float]:
+        since_s = self._around.monotonic_s() - _REFUSED_WITHIN_S
+        return [at_s for at_s in self._refused_at_s.get(peer, ()) if at_s > since_s]
 
     def on_confirm(self, request: ConfirmRequest) -> bool:
         """Takes a confirm; False when the transfer is unknown or forfeited here (3.6).
@@ -397,6 +436,9 @@ class Establisher:
         book.is_opened = True
         if book.is_open:
             book.confirm(message.transfer.first_slot, now_s)
+        if book.peer in self._refused_at_s and not self._recently_refused(book.peer):
+            del self._refused_at_s[book.peer]
+            self._around.alarms.clear(f"establish/{book.peer}/epochs")
         if not transfer.done.done():
             transfer.done.set_result(None)
 

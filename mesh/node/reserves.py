@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mesh.core.reserve import next_epoch
-from mesh.core.transfer import MAX_SLOT
+from mesh.core.transfer import MAX_EPOCH, MAX_SLOT
 from mesh.node.inbound import InboundBook
 from mesh.node.outbound import OutboundBook
 from mesh.node.tasks import unbroken
@@ -20,6 +20,8 @@ from mesh.store.tables import ReserveRow, ReserveState, Tables
 
 RETIRE_ALL = MAX_SLOT + 1
 _LINEAGE = "lineage"
+#: A quarter of all epochs is the most that a lie can cost.
+_MAX_FIRST_SKIP = (MAX_EPOCH + 1) // 4
 
 
 @dataclass(slots=True)
@@ -131,9 +133,13 @@ class Reserves:
         return next_epoch(self._highest_out.get(peer, -1))
 
     def skip_epochs(self, peer: str, highest: int) -> None:
-        """The target knows higher epochs (unauthenticated, so the step is bounded)."""
-        own = self._highest_out.get(peer, -1)
-        self._highest_out[peer] = max(own, min(highest, own + 16))
+        """The target says that it knows higher epochs.
+
+        Nobody authenticates that, so it is believed once in the life of a data directory: when the very
+        first epoch is refused and the peer never confirmed anything, which is how a lost disk looks.
+        """
+        if self._highest_out.get(peer) == 0 and peer not in self._peer_lineage:
+            self._highest_out[peer] = min(highest, _MAX_FIRST_SKIP)
 
     async def open_outbound(self, peer: str, epoch: int, grade: str) -> OutboundBook:
         """Makes a new outbound epoch durable and current.

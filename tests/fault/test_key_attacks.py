@@ -35,6 +35,7 @@ from mesh.v1.peer_pb2 import (
     KeyDeposit,
     SealedMessage,
     StoredKey,
+    TransferAnswer,
     VoidKeys,
 )
 from tests.fakes.key_network import HASTY, LINE, NO_PREFILL, KeyNetwork, until
@@ -341,6 +342,30 @@ async def test_4_6_an_old_epoch_takes_no_more_appends(line: KeyNetwork) -> None:
 
 
 # -- 3.6: confirms ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_4_6_forged_refusals_cost_a_few_epochs_and_not_the_pair(
+    line: KeyNetwork, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    """Confirms are held back and queries answered in the target's name: each refusal costs an epoch."""
+    reserves, alarm = line.plane("kme-a").reserves, "establish/kme-c/epochs"
+    if not is_first:
+        await line.get("sae-a", "sae-c")
+    lie = TransferAnswer(state=TransferAnswer.REFUSED, reason="peer-refused", highest_epoch=4094)
+    with monkeypatch.context() as attack:
+        attack.setattr(line.plane("kme-c").appender, "on_query", lambda _: lie)
+        line.on_call = lambda kind, *_: kind != "confirm"
+        for _ in range(3):
+            with pytest.raises(MeshError):
+                await line.get("sae-a", "sae-c")
+    line.on_call = lambda *_: True
+    assert line.sites["kme-a"].alarms.is_open(alarm)
+    assert reserves.next_outbound_epoch("kme-c") <= (1024 if is_first else 0) + 5
+    line.clock.offset_s += 3601
+    drawn = await line.get("sae-a", "sae-c")
+    assert (await line.redeem("sae-c", "sae-a", [drawn.keys[0][0]])).keys == drawn.keys
+    assert not line.sites["kme-a"].alarms.is_open(alarm)
 
 
 async def test_3_6_confirms_are_authentic_fresh_and_the_same_bytes(line: KeyNetwork) -> None:

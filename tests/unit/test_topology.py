@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from mesh.core.network import Grade, NetworkDocument, check_routes
+from mesh.core.network import MAX_ROUTE_NODES, Grade, NetworkDocument, check_routes
 from mesh.core.network_parse import parse_document
 from mesh.core.topology import (
     HOP,
@@ -124,6 +125,19 @@ def test_scarce_and_cut_links_are_avoided_and_unknown_ones_count_as_plenty() -> 
 
 HUBS = ("h1", "h2", "h3")
 STAR = [[end, hub] for end in "az" for hub in HUBS]
+
+
+def test_a_route_longer_than_a_transfer_may_name_is_refused() -> None:
+    for inner, is_fit in ((MAX_ROUTE_NODES - 2, True), (MAX_ROUTE_NODES - 1, False)):
+        names = ["a", *(f"n{number}" for number in range(inner)), "z"]
+        net = document([list(pair) for pair in pairwise(names)], {"grade": "trusted-relay"})
+        if is_fit:
+            (route,) = routes_for_pair(net, build_graph(net), "a", "z")
+            check_routes(net, "a", "z", Grade.parse("trusted-relay"), (route,))
+            continue
+        with pytest.raises(ShortageError) as caught:
+            routes_for_pair(net, build_graph(net), "a", "z")
+        assert caught.value.reason is ErrorReason.NO_ROUTE
 
 
 def test_dske_takes_two_hop_routes_over_hubs_only() -> None:
