@@ -206,6 +206,18 @@ def test_audit_logs_lie_where_something_can_ship_them_from() -> None:
     assert site == {"km-keymesh-node-kme-a": own, "km-keymesh-gateway-gw-a": own}
     assert existing == {"km-keymesh-node-kme-b": shared, "km-keymesh-gateway-gw-b": shared}
     assert mounts["hub-values"] == {}
+    security = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    shipper = {"name": "ship-audit", "image": "shipper", "securityContext": security}
+    sets = (
+        f"memberDefaults.extraContainers={json.dumps([shipper])}",
+        'memberDefaults.auditVolume={"emptyDir":{}}',
+    )
+    ((_, _, hub),) = pod_specs(render(CI_VALUES[0].parent / "hub-values.yaml", sets=sets))
+    assert [one["name"] for one in hub["containers"]] == ["keymesh"], "a hub has no audit log"
     for name, _, spec in pod_specs(render(CI_VALUES[-2])):
         if name.rpartition("/")[2] in existing:
             (variable,) = spec["containers"][0]["env"]

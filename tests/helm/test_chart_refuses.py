@@ -107,6 +107,7 @@ CASES = {
     "audit logs of gateways there": (SITE, ['gateways[0].auditVolume={"hostPath":{"path":"/var/log"}}'],
                                      "gateway gw-a: auditVolume on a host path"),
     "audit logs in a ConfigMap": (SITE, ['gatewayDefaults.auditVolume={"configMap":{"name":"a"}}'], "auditVolume"),
+    "a container with nothing to read": (SITE, ["nodes[0].auditVolume={}"], "extraContainers: without auditVolume"),
     "a container that reads pads": (SITE, ['nodes[0].extraContainers[0].volumeMounts=[{"name":"data","mountPath":"/data"}]'],
                                     "volumeMounts"),
     "a typo": (METRO, ["networkPolicies.enabled=true"], "networkPolicies"),

@@ -13,8 +13,10 @@ Argument: a dict with "root". Sets in it "members", "nodes", "hubs" (lists of en
 {{- range get $root.Values (printf "%ss" $role) -}}
 {{- $entry := mergeOverwrite (deepCopy $root.Values.memberDefaults) (deepCopy .) -}}
 {{- $_ := set $entry "role" $role -}}
-{{- /* One source or another, never two; a hub has no audit log. */ -}}
-{{- $_ := set $entry "auditVolume" (ternary (.auditVolume | default $root.Values.memberDefaults.auditVolume) dict (eq $role "node")) -}}
+{{- /* One source or another, never two. */ -}}
+{{- $_ := set $entry "auditVolume" (.auditVolume | default $root.Values.memberDefaults.auditVolume) -}}
+{{- /* A hub has no audit log. */ -}}
+{{- if eq $role "hub" -}}{{- $_ := set $entry "auditVolume" dict -}}{{- $_ := set $entry "extraContainers" list -}}{{- end -}}
 {{- $_ := set $entry "name" (printf "%s-%s-%s" $full $role .id) -}}
 {{- $links := list -}}
 {{- range .links -}}{{- $links = append $links (deepCopy .) -}}{{- end -}}

@@ -124,6 +124,7 @@ What values.schema.json cannot say because it compares fields. Argument: the col
 
 {{/* Arguments: where, entry, security. */}}
 {{- define "keymesh.validateAudit" -}}
+{{- if and .entry.extraContainers (not .entry.auditVolume) -}}{{- fail (printf "%s: extraContainers: without auditVolume there is nothing that they may read" .where) -}}{{- end -}}
 {{- if and .entry.auditVolume.hostPath (ne .security.podStandard "privileged") -}}{{- fail (printf "%s: auditVolume on a host path needs security.podStandard privileged" .where) -}}{{- end -}}
 {{- end -}}
 
