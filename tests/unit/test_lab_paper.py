@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, UnavailableError
+from mesh.lab import paper
 from mesh.lab.encryptor import Encryptor, FetchedKey, RefusedError
 from mesh.lab.networks import Lab, load_lab, load_network
-from mesh.lab.paper import ROUND_TRIP_MS, Mode, Paper, with_round_trip
+from mesh.lab.paper import ROUND_TRIP_MS, Mode, Paper, goals_line, with_round_trip
 from mesh.lab.paper_picture import Series, draw_paper
+from mesh.lab.state import LabDirectory
 
 FIELDS = {"n", "mean_ms", "std_ms", "p50_ms", "p99_ms", "round_trip_ms", "floor_ms", "mismatches"}
 
@@ -82,6 +85,53 @@ def test_keys_that_differ_or_are_missing_at_one_end_count(
     run._exchange(a, b, enc, dec)
     assert enc.mismatches == mismatches
     assert (len(enc.samples), len(dec.samples), enc.refused) == (1, 1, 0)
+
+
+class Ocean:
+    """An echo that takes no time."""
+
+    def __init__(self, place: str) -> None:
+        self.samples_ms: list[float] = []
+
+    def measure(self) -> None:
+        self.samples_ms.append(1.0)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Paper, LabDirectory]:
+    """A run whose ends refuse every call."""
+    monkeypatch.setattr(paper, "Echo", Ocean)
+    monkeypatch.setattr(paper, "_ocean", lambda lab: {"echo": "nowhere:1"})
+    monkeypatch.setattr(paper, "encryptor", lambda lab, sae: nullcontext(End(None)))
+    monkeypatch.setattr(paper, "_PAUSE_S", 0.001)
+    directory = LabDirectory(tmp_path)
+    directory.lab_file.write_text("{}")
+    return Paper(tmp_path, duration_s=0.05, round_trip_ms=85.0), directory
+
+
+def test_a_run_without_a_single_key_ends(
+    run: tuple[Paper, LabDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper, "_FIRST_KEY_S", 0.05)
+    with pytest.raises(UnavailableError, match="not one key"):
+        run[0]._measure(run[1], "enc_on_demand")
+
+
+@pytest.mark.parametrize(("keys", "refused", "is_good"), [(99, 1, True), (98, 2, False), (1, 1000, False)])
+def test_a_run_of_which_much_was_refused_fails(keys: int, refused: int, is_good: bool) -> None:
+    mode = Mode(samples=[(0.0, 1.0)] * keys, refused=refused)
+    with nullcontext() if is_good else pytest.raises(UnavailableError, match="one call in a hundred"):
+        mode.check_refused("enc_reserve")
+
+
+def test_the_last_line_says_which_goals_were_met() -> None:
+    line = goals_line({"enc_on_demand": 105.0, "enc_reserve": 98.5}, 85.0)
+    assert "reserves empty, p50 at most the round trip + 20 ms: met" in line
+    assert "+ 12 ms: missed by 1.5 ms" in line
+    assert "keymesh lab trace" in line
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
