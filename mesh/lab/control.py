@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,16 +22,16 @@ from mesh.core.sizes import format_size
 from mesh.errors import CallerError, ErrorReason
 from mesh.lab.couriers import supply_links
 from mesh.lab.domain import prepare_domain, prepare_etcd
-from mesh.lab.ground import clear_directory
+from mesh.lab.ground import claim_directory, clear_directory, writing_in
 from mesh.lab.networks import Lab
 from mesh.lab.plan import LabPlan, Planner
 from mesh.lab.processes import stop_all
 from mesh.lab.ready import DeliveryCheck, missing_health, wait_until
 from mesh.lab.state import LabDirectory, put_pid
 
-START_TIMEOUT_S = 105.0
+START_TIMEOUT_S = 100.0
 """The contract promises an answer within 120 s, stopping everything after a failure included."""
-_RESTART_TIMEOUT_S = 30.0
+_RESTART_TIMEOUT_S = 90.0
 
 
 class Progress:
@@ -72,13 +73,16 @@ def start_lab(lab: Lab, root: Path, progress: Progress) -> LabDirectory:
     Raises:
         MeshError: it did not come up; everything is stopped again, and the message says why.
     """
+    began_s = time.monotonic()
     directory = LabDirectory(root)
-    clear_directory(directory)
-    with directory.locked():
-        began_s = time.monotonic()
-        plan = Planner(lab, directory).write()
-        for domain in plan.domains:
-            prepare_domain(domain)
+    with writing_in(directory):
+        claim_directory(directory)
+    with directory.locked(waits=False):
+        with writing_in(directory):
+            clear_directory(directory)
+            plan = Planner(lab, directory).write()
+            for domain in plan.domains:
+                prepare_domain(domain)
         progress.done(f"files of {len(plan.processes)} processes written to {directory.root}")
         try:
             deadline_s = began_s + START_TIMEOUT_S
@@ -101,8 +105,8 @@ def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
         for process in plan.of_kind(*kinds):
             process.start()
             put_pid(lab, process)
-        # Written before anything can fail, so that lab down finds all there is.
-        directory.write_processes(plan.processes)
+            # After each of them, so that lab down finds all there is, whenever this one is killed.
+            directory.write_processes(plan.processes)
 
     start("etcd", "device", "relay")
     asyncio.run(_prepare_directories(plan, deadline_s))
@@ -114,12 +118,14 @@ def _start_all(plan: LabPlan, progress: Progress, deadline_s: float) -> None:
         ("nodes and hubs", "/readyz", {entry["id"]: entry["http"] for entry in lab["nodes"] + lab["hubs"]}),
         ("gateways", "/readyz", {entry["id"]: entry["http"] for entry in lab["gateways"]}),
     ):
-        _wait(lambda p=places, q=path: missing_health(p, q), plan, progress, deadline_s)  # type: ignore[misc]
+        check = partial(missing_health, places, path, deadline_s=deadline_s)
+        _wait(check, plan, progress, deadline_s)
         if places:
             progress.done(f"{len(places)} {what} up")
     reserves = [domain.network.reserves for domain in plan.domains]
     is_filled = all(one.prefill and one.high_water_bytes > 0 for one in reserves)
-    _wait(DeliveryCheck(lab, wanted_keys=int(is_filled)).missing, plan, progress, deadline_s)
+    delivery = DeliveryCheck(lab, wanted_keys=int(is_filled), deadline_s=deadline_s)
+    _wait(delivery.missing, plan, progress, deadline_s)
     directory.write_lab(lab)
 
 
@@ -190,12 +196,13 @@ def restart_processes(directory: LabDirectory, process_ids: Sequence[str], progr
         for process in chosen:
             process.start()
             put_pid(lab, process)
-        directory.write_processes(processes)
+            directory.write_processes(processes)
         directory.write_lab(lab)
+    deadline_s = time.monotonic() + _RESTART_TIMEOUT_S
     places = {process.id: place for process in chosen if (place := _health_place(lab, process.id))}
     wait_until(
-        lambda: missing_health(places, "/healthz"),
-        deadline_s=time.monotonic() + _RESTART_TIMEOUT_S,
+        lambda: missing_health(places, "/healthz", deadline_s=deadline_s),
+        deadline_s=deadline_s,
         processes=chosen,
         progress=progress.waiting,
     )

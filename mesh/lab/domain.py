@@ -13,7 +13,7 @@ from mesh.directory.etcd import EtcdClient, EtcdTls
 from mesh.directory.etcd_directory import publish_document
 from mesh.directory.etcd_setup import node_user, set_up_auth
 from mesh.directory.tool import generate_key, sign_source
-from mesh.errors import UnavailableError
+from mesh.errors import ErrorReason, UnavailableError
 from mesh.lab.plan import DomainPlan
 from mesh.lab.processes import Process
 from mesh.pki.authority import write_file
@@ -41,8 +41,19 @@ async def prepare_etcd(plan: DomainPlan, processes: Sequence[Process], *, deadli
         deadline_s: on the monotonic clock.
 
     Raises:
-        MeshError: etcd did not come up or refuses.
+        MeshError: etcd did not come up in time, or refuses.
     """
+    try:
+        async with asyncio.timeout(max(0.0, deadline_s - time.monotonic())):
+            await _prepare_etcd(plan, processes, deadline_s)
+    except TimeoutError as error:
+        raise UnavailableError(
+            "etcd did not take its users and the network document in time",
+            reason=ErrorReason.DEADLINE_EXCEEDED,
+        ) from error
+
+
+async def _prepare_etcd(plan: DomainPlan, processes: Sequence[Process], deadline_s: float) -> None:
     etcd = plan.etcd
     tls, passwords, document = _secrets(plan)
     async with EtcdClient(etcd["endpoints"], tls=tls) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -78,12 +79,24 @@ def find_etcd() -> Path:
     return Path(found)
 
 
-def clear_directory(directory: LabDirectory) -> None:
-    """Make the lab's directory ready for a new lab: what an earlier one left is removed.
+@contextlib.contextmanager
+def writing_in(directory: LabDirectory) -> Iterator[None]:
+    """Turn what the system refuses about the lab's files into words.
 
     Raises:
-        ConfigError: it holds something that no lab wrote.
-        UnavailableError: a lab still runs in it.
+        ConfigError: which file, and why.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--dir: {error.filename or directory.root}: {error.strerror}") from error
+
+
+def claim_directory(directory: LabDirectory) -> None:
+    """Make the lab's directory, so that it can be locked; changes nothing in one that is not a lab's.
+
+    Raises:
+        ConfigError: it cannot be written, or holds something that no lab wrote.
     """
     directory.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     foreign = sorted(entry.name for entry in directory.root.iterdir() if entry.name not in OWN_ENTRIES)
@@ -91,6 +104,15 @@ def clear_directory(directory: LabDirectory) -> None:
         raise ConfigError(
             f"{directory.root} holds {foreign[0]!r}, which no lab wrote: give an empty directory"
         )
+    (directory.root / ".lock").touch(mode=0o600)
+
+
+def clear_directory(directory: LabDirectory) -> None:
+    """Remove what an earlier lab left; only while the directory is claimed and locked.
+
+    Raises:
+        UnavailableError: a lab still runs in it.
+    """
     running = [process.id for process in directory.read_processes() if process.is_running()]
     if running:
         raise UnavailableError(

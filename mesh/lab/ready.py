@@ -7,6 +7,7 @@ an SAE, over the real interface, sees keys towards every other node that has SAE
 from __future__ import annotations
 
 import http.client
+import math
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -70,18 +71,24 @@ def wait_until(
         time.sleep(_POLL_S)
 
 
-def missing_health(places: dict[str, str], path: str) -> str:
+def missing_health(places: dict[str, str], path: str, *, deadline_s: float = math.inf) -> str:
     """What is missing until every place answers 200 on ``path``; "" for nothing.
 
     Args:
         places: ``host:port`` by process id.
         path: ``/healthz`` or ``/readyz``.
+        deadline_s: on the monotonic clock: no answer is waited for longer.
     """
     for process_id, place in places.items():
-        status, body = get_plain(place, path)
+        status, body = get_plain(place, path, timeout_s=_within(2.0, deadline_s))
         if status != 200:
             return f"{process_id}: {_reasons(body) or 'starting'}"
     return ""
+
+
+def _within(timeout_s: float, deadline_s: float) -> float:
+    """What a call may take of the time that is left, and a moment where none is."""
+    return min(timeout_s, max(0.1, deadline_s - time.monotonic()))
 
 
 def _reasons(body: bytes) -> str:
@@ -99,9 +106,11 @@ class DeliveryCheck:
         lab: the content of ``lab.json``.
         wanted_keys: that status must count; 0 where reserves are not kept filled. There, and
             across a border, one key is asked for (and spent): nothing is in stock to be counted.
+        deadline_s: on the monotonic clock: no answer is waited for longer, nobody asked later.
     """
 
-    def __init__(self, lab: dict[str, Any], *, wanted_keys: int) -> None:
+    def __init__(self, lab: dict[str, Any], *, wanted_keys: int, deadline_s: float = math.inf) -> None:
+        self._deadline_s = deadline_s
         self._lab = lab
         self._wanted_keys = wanted_keys
         self._open = list(_pairs(lab))
@@ -114,12 +123,14 @@ class DeliveryCheck:
             if problem:
                 return problem
             self._open.pop(0)
+            if self._open and time.monotonic() > self._deadline_s:
+                return f"{self._open[0][0]['gateway']}: not asked yet"
         return ""
 
     def _try(self, caller: dict[str, Any], other: dict[str, Any]) -> str:
         what = f"{caller['gateway']}: too few keys for {other['id']} yet"
         try:
-            with encryptor(self._lab, caller["id"], timeout_s=10.0) as sae:
+            with encryptor(self._lab, caller["id"], timeout_s=_within(10.0, self._deadline_s)) as sae:
                 if self._wanted_keys and self._domain[caller["node"]] == self._domain[other["node"]]:
                     is_there = sae.status(other["id"])["stored_key_count"] >= self._wanted_keys
                 else:

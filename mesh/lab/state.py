@@ -22,7 +22,7 @@ import msgspec
 
 from mesh.client.operator import OperatorTarget
 from mesh.core.identity import Role
-from mesh.errors import ConfigError
+from mesh.errors import ConfigError, ErrorReason, UnavailableError
 from mesh.lab.processes import Process
 from mesh.pki.authority import write_file
 from mesh.store import proof
@@ -32,6 +32,8 @@ OWN_ENTRIES = frozenset(
     {
         "lab.json",
         "processes.json",
+        ".lab.json.new",
+        ".processes.json.new",
         ".lock",
         "pki",
         "config",
@@ -86,18 +88,24 @@ class LabDirectory:
         return next((place / name for place in usable), None)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, waits: bool = True) -> Iterator[None]:
         """Keep other lab commands off this directory's files.
 
         Raises:
             ConfigError: there is no such directory.
+            UnavailableError: another command is at work there, and we are not to wait for it.
         """
         try:
             stream = (self.root / ".lock").open("a")
         except OSError as error:
             raise ConfigError(f"no lab at {self.root}: {error.strerror}") from error
         with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UnavailableError(
+                    f"another lab command is at work in {self.root}", reason=ErrorReason.ALREADY_RUNNING
+                ) from error
             yield
 
     def courier_folder(self, needed_bytes: int) -> Path:

@@ -87,14 +87,17 @@ def test_version_and_help_import_no_heavy_library() -> None:
         ("node run --config {dir}/none.yaml", 2, "none.yaml"),
         ("hub run --config {dir}/none.yaml", 2, "none.yaml"),
         ("gateway run --config {dir}/none.yaml", 2, "none.yaml"),
+        ("lab up --network metro --dir {dir}/file --detach", 2, "--dir: {dir}/file: "),
+        ("lab up --network metro --dir {dir}/file/lab --detach", 2, "--dir: {dir}/file/lab: "),
     ],
 )
 def test_mistakes_are_named_in_one_line(
     words: str, status: int, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "file").touch()
     assert main(words.format(dir=tmp_path).split()) == status
     error = capsys.readouterr().err
-    assert named in error
+    assert named.format(dir=tmp_path) in error
     assert "Traceback" not in error
 
 

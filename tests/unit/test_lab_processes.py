@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
 import time
+from io import StringIO
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 from mesh.errors import ConfigError, UnavailableError
-from mesh.lab.ground import PORTS_VARIABLE, clear_directory, free_ports
+from mesh.lab import domain, ready
+from mesh.lab.control import Progress, _start_all, start_lab
+from mesh.lab.ground import PORTS_VARIABLE, claim_directory, clear_directory, free_ports
 from mesh.lab.measure import Stopwatch, summarise
+from mesh.lab.networks import load_lab
+from mesh.lab.plan import LabPlan
 from mesh.lab.processes import Process, stop_all
 from mesh.lab.state import LabDirectory, put_pid
 
@@ -88,15 +95,76 @@ def test_one_that_ended_says_its_last_words(tmp_path: Path) -> None:
 
 def test_a_running_lab_is_not_overwritten_and_a_stopped_one_is(tmp_path: Path) -> None:
     directory = LabDirectory(tmp_path / "lab")
-    clear_directory(directory)
+    claim_directory(directory)
     process = sleeper(tmp_path / "lab")
     process.start()
     directory.write_processes([process])
     with pytest.raises(UnavailableError, match="lab down"):
         clear_directory(directory)
     stop_all([process])
+    (directory.root / ".processes.json.new").touch()  # as a killed command may leave it
+    claim_directory(directory)
     clear_directory(directory)
-    assert list(directory.root.iterdir()) == []
+    assert [entry.name for entry in directory.root.iterdir()] == [".lock"]
+
+
+def test_a_second_start_in_a_directory_touches_nothing_of_the_first(tmp_path: Path) -> None:
+    directory = LabDirectory(tmp_path / "lab")
+    claim_directory(directory)
+    directory.config.mkdir()
+    with directory.locked(), pytest.raises(UnavailableError, match="another lab command"):
+        start_lab(load_lab("metro"), directory.root, Progress(StringIO()))
+    assert directory.config.exists()
+
+
+def test_each_process_is_on_disk_before_the_next_one_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = LabDirectory(tmp_path)
+    seen: list[list[int]] = []
+
+    def start(process: Process) -> None:
+        seen.append([one.pid for one in directory.read_processes()])
+        process.pid = 7 + len(seen)
+        if len(seen) == 3:
+            raise OSError("killed here")
+
+    monkeypatch.setattr(Process, "start", start)
+    processes = [Process(id=f"etcd-{n}", kind="etcd", argv=[], log="") for n in range(3)]
+    lab = {"domains": [{"etcd": {"members": ["etcd-0", "etcd-1", "etcd-2"], "pids": [0, 0, 0]}}]}
+    with pytest.raises(OSError, match="killed"):
+        _start_all(LabPlan(directory, processes=processes, lab=lab), Progress(StringIO()), float("inf"))
+    assert seen == [[], [8, 0, 0], [8, 9, 0]]
+
+
+def test_no_answer_is_waited_for_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve pairs that answer slowly must not cost ten seconds each after the time is up."""
+    given: list[float] = []
+
+    def slow(_lab: object, _sae: str, *, timeout_s: float) -> NoReturn:
+        given.append(timeout_s)
+        time.sleep(min(timeout_s, 0.4))
+        raise TimeoutError
+
+    monkeypatch.setattr(ready, "encryptor", slow)
+    nodes = [{"id": f"n{n}", "domain": "d"} for n in range(4)]
+    saes = [{"id": f"s{n}", "node": f"n{n}", "gateway": f"g{n}"} for n in range(4)]
+    deadline_s = time.monotonic() + 0.5
+    check = ready.DeliveryCheck({"saes": saes, "nodes": nodes}, wanted_keys=1, deadline_s=deadline_s)
+    with pytest.raises(UnavailableError, match="not ready in time: g0"):
+        ready.wait_until(check.missing, deadline_s=deadline_s, processes=[])
+    assert time.monotonic() - deadline_s < 0.5
+    assert max(given) <= 0.5
+
+
+async def test_an_etcd_that_hangs_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(domain, "_prepare_etcd", hang)
+    plan: Any = None
+    with pytest.raises(UnavailableError, match="in time"):
+        await domain.prepare_etcd(plan, [], deadline_s=time.monotonic() + 0.1)
 
 
 def test_restarted_pids_reach_every_place_in_lab_json(tmp_path: Path) -> None:
