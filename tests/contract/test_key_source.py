@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
+import aiohttp
 import pytest
 
 from mesh.errors import CallerError, ErrorReason, UnavailableError
@@ -40,8 +41,13 @@ async def ends(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         yield Ends(memory.leader, memory.follower, partial(put, lose_next=1), partial(put, is_down=True))
         return
     async with running_pair(tmp_path, initial_bytes=BUDGET) as pair:
-        leader, follower = pair.source(0), pair.source(1, timeout_s=1.0)
-        yield Ends(leader, follower, partial(pair.faults, lose_keys=1), partial(pair.faults, hang=True))
+        leader, follower = pair.source(0), pair.source(1)
+
+        async def hang() -> None:
+            follower._timeout = aiohttp.ClientTimeout(total=1.0)
+            await pair.faults(hang=True)
+
+        yield Ends(leader, follower, partial(pair.faults, lose_keys=1), hang)
         await leader.close()
         await follower.close()
 

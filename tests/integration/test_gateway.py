@@ -262,17 +262,21 @@ def test_an_expired_client_certificate_ends_also_on_a_living_connection(
     host: GatewayThread, network: FakeNetwork
 ) -> None:
     gateway = host.start("gw", network.site("kme-a"))
-    files = host.pki.sae("sae-a1", validity=timedelta(seconds=2)).save(host.directory, "brief")
+    files = host.pki.sae("sae-a1", validity=timedelta(seconds=6)).save(host.directory, "brief")
     context = client_context(host.roots["gateway"], files.cert, files.key)
     with Wire(f"https://localhost:{gateway.https_port}", context) as wire:
         assert wire.request("GET", ENC).status == 200
-        time.sleep(2.1)
-        assert wire.request("GET", ENC).status == 401
-    with (
-        pytest.raises((ssl.SSLError, ConnectionError)),
-        Wire(f"https://localhost:{gateway.https_port}", context) as wire,
-    ):
-        wire.request("GET", ENC)
+        assert _eventually(lambda: wire.request("GET", ENC).status == 401)
+
+    def is_shut_out() -> bool:
+        try:
+            with Wire(f"https://localhost:{gateway.https_port}", context) as wire:
+                assert wire.request("GET", ENC).status == 401
+        except (ssl.SSLError, ConnectionError):
+            return True
+        return False
+
+    assert _eventually(is_shut_out)  # a handshake counts in whole seconds
 
 
 def test_the_mapping_table_is_followed_on_living_connections(
@@ -356,7 +360,7 @@ def test_bounds_on_connections_requests_and_bodies(host: GatewayThread, network:
     gateway = host.start(
         "gw",
         network.site("kme-a"),
-        limits={"max_connections": 2, "max_body_bytes": 64, "body_timeout_s": 0.3, "keepalive_s": 0.5},
+        limits={"max_connections": 2, "max_body_bytes": 64, "body_timeout_s": 0.3},
     )
     with connect(host, gateway) as one, connect(host, gateway) as two:
         assert two.request("POST", ENC, b"{}" + b" " * 62).status == 200
@@ -367,7 +371,8 @@ def test_bounds_on_connections_requests_and_bodies(host: GatewayThread, network:
         late = one.receive()
         assert late.status == 400
         assert {"reason": "slow-body"} in late.json()["details"]
-    with connect(host, gateway) as idle:
+    brief = host.start("gw-brief", network.site("kme-a"), limits={"keepalive_s": 2})
+    with connect(host, brief) as idle:
         assert idle.request("GET", ENC).status == 200
         assert idle.is_closed_by_peer()
 
@@ -377,7 +382,7 @@ def test_too_many_requests_in_flight_are_503(host: GatewayThread, network: FakeN
     gateway = host.start("gw", slow, limits={"max_requests_in_flight": 1})
     with connect(host, gateway) as one, connect(host, gateway) as two:
         one.send(f"GET {ENC} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert slow.entered.wait(5)
+        assert slow.entered.wait(30)
         busy = two.request("GET", ENC)
         assert busy.status == 503
         assert {"reason": "busy"} in busy.json()["details"]
@@ -395,20 +400,19 @@ class Slow(FakeKeyService):
 
     async def get_keys(self, *args: Any, **options: Any) -> Any:
         self.entered.set()
-        await asyncio.to_thread(self.release.wait, 10)
+        await asyncio.to_thread(self.release.wait, 60)
         return await super().get_keys(*args, **options)
 
 
 def test_drain_answers_what_was_asked_and_refuses_the_rest(host: GatewayThread, network: FakeNetwork) -> None:
     slow = Slow(network, "kme-a")
-    gateway = host.start("gw", slow)
+    gateway = host.start("gw", slow, limits={"drain_s": 120})
     ready = f"http://127.0.0.1:{gateway.http_port}/readyz"
     assert urlopen(ready).status == 200
     with connect(host, gateway) as busy, connect(host, gateway) as idle:
         busy.send(f"GET {ENC} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert slow.entered.wait(5)
+        assert slow.entered.wait(30)
         stopping = threading.Thread(target=lambda: host.run(gateway.stop()))
-        started = time.monotonic()
         stopping.start()
         assert idle.is_closed_by_peer()
         with pytest.raises(OSError, match="refused"):
@@ -418,9 +422,8 @@ def test_drain_answers_what_was_asked_and_refuses_the_rest(host: GatewayThread, 
         assert last.status == 200
         assert last.headers["connection"] == "close"
         assert busy.is_closed_by_peer()
-        stopping.join(5)
-        assert not stopping.is_alive()
-        assert time.monotonic() - started < 5  # far below drain_s: nothing is waited for in vain
+        stopping.join(25)
+        assert not stopping.is_alive(), "far below drain_s: nothing is waited for in vain"
 
 
 def test_a_client_that_does_not_read_is_cut_off(host: GatewayThread, network: FakeNetwork) -> None:
@@ -443,7 +446,7 @@ def test_a_client_that_leaves_does_not_stop_the_request(host: GatewayThread, net
     gateway = host.start("gw", slow)
     with connect(host, gateway) as wire:
         wire.send(f"GET {ENC} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        assert slow.entered.wait(5)
+        assert slow.entered.wait(30)
     slow.release.set()
     assert _eventually(lambda: len(network.keys) == 1)
     assert _eventually(lambda: audit_lines(host)[-1]["result"] == "delivered")

@@ -273,8 +273,12 @@ async def test_a_cancelled_callers_key_is_spent(site: Site) -> None:
 
 
 async def test_deadline(site: Site) -> None:
+    client = site.client()
+    await client.get_keys("sae-a", "sae-b")  # connects
+    late = asyncio.ensure_future(client.get_keys("sae-a", "slow", timeout_s=2))
+    await until(lambda: site.node.rpcs == 2)
     with pytest.raises(UnavailableError) as caught:
-        await site.client().get_keys("sae-a", "slow", timeout_s=0.05)
+        await late
     assert caught.value.reason is ErrorReason.DEADLINE_EXCEEDED
     await until(lambda: site.node.cancelled == 1)
 

@@ -110,9 +110,9 @@ async def test_resupply_while_running(pair: CourierPair) -> None:
     await pair.until(lambda: tables_of(pair.client).waiting_bytes == TABLE)
     await pair.take(path)
     assert tables_of(pair.client).waiting_bytes == 0
-    await pair.until(lambda: levels(pair.hub)[0] > before[0][0])
     # Each end tells the other in a frame of its own: 32 bytes.
-    assert levels(pair.hub) == (before[0][0] + TABLE - 32, before[0][1] + TABLE - 32)
+    after = before[0][0] + TABLE - 32, before[0][1] + TABLE - 32
+    await pair.until(lambda: levels(pair.hub) == after)
     assert levels(pair.client) == (before[1][0] + TABLE - 32, before[1][1] + TABLE - 32)
     assert pair.hub.shares.opened == opened
     await pair.until(lambda: [one.state for one in tables_of(pair.hub).records()] == ["imported"] * 2)

@@ -17,6 +17,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from gateway.exchange import Answer, HttpRefusal, Request
 from gateway.tracing import Traced, traced
 from mesh.errors import ConfigError
+from mesh.node import establish
 from mesh.node.services.keys import KeyDeliveryService
 from mesh.ops import tracing
 from mesh.ops.logging import serving
@@ -83,8 +84,9 @@ async def no_body() -> bytes:
 
 
 async def test_one_trace_holds_gateway_node_hub_and_the_other_node(
-    tmp_path: Path, collector: tuple[Collector, str]
+    tmp_path: Path, collector: tuple[Collector, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(establish, "_FIRST_QUERY_S", 60.0)  # a query about a late confirm is a span, too
     kept, endpoint = collector
     setup_tracing(TracingSection(endpoint=endpoint), role="node", member="kme-a")
     network = HubNetwork(tmp_path, hubs=("hub-1",), grade="dske(1,1)")

@@ -21,7 +21,7 @@ from mesh.lab import networks
 from mesh.store.failpoints import VARIABLE
 
 KEYMESH = [sys.executable, "-m", "mesh.cli"]
-_COMMAND_TIMEOUT_S = 90.0
+_COMMAND_TIMEOUT_S = 130.0
 _UP_TIMEOUT_S = 130.0
 
 
