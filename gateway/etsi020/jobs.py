@@ -63,13 +63,15 @@ class JobRunner:
                     ):
                         seen += 1
                         performing.create_task(self._one(job))
-                    raise UnavailableError("the node ended the stream")
+                    raise UnavailableError("the node ended the stream")  # noqa: TRY301 - ends the group
             except* MeshError as group:
                 if not is_told or seen:
                     _LOG.warning(
                         "the node gives no requests to post", extra={"cause": str(group.exceptions[0])}
                     )
                 is_told = True
+            except* Exception as group:  # noqa: BLE001 - a fault of ours must not end it in silence
+                _LOG.error("performing requests broke and begins again", exc_info=group)
             pause_s = FIRST_PAUSE_S if seen else min(2 * pause_s, MAX_PAUSE_S)
             await asyncio.sleep(pause_s)
 

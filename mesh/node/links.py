@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from mesh.core.lane import LaneLimits
 from mesh.core.opening import NEXT_STEP
@@ -195,9 +196,9 @@ class LinkPlane:
             told = self._store.read(lambda tables: tables.meta.get(f"refused/{refused[0]}"))
             self._refuse(refused[0], RolledBackError((told or b"").decode(errors="replace")))
         for link in self._links.values():
-            self._background.spawn(link.ingest.run())
+            self._background.keep(f"ingest/{link.peer}", link.ingest.run)
             if link.is_dialler:
-                self._background.spawn(self._keep_dialling(link))
+                self._background.keep(f"dial/{link.peer}", partial(self._keep_dialling, link))
 
     def _read_refusals(self, tables: Tables) -> list[str]:
         return [peer for peer in self._links if tables.meta.get(f"refused/{peer}")]

@@ -16,6 +16,7 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -351,7 +352,7 @@ class Node:
         stack.push_async_callback(self.links.stop)
         self.publisher.check_copy()
         await self.server.start(config.listen.grpc)
-        self.tasks.spawn(self.publisher.run())
+        self.tasks.keep("publish", self.publisher.run)
         self.telemetry = Telemetry(
             self.metrics,
             links=self.links,
@@ -362,9 +363,9 @@ class Node:
             data_dir=Path(config.data_dir),
             missing=self.missing,
         )
-        self.tasks.spawn(self._sample())
+        self.tasks.keep("telemetry", self._sample)
         if config.access_file is not None:
-            self.tasks.spawn(self._follow_access(Path(config.access_file)))
+            self.tasks.keep("access", partial(self._follow_access, Path(config.access_file)))
         await self._start_ops(stack)
 
     # -- parts ----------------------------------------------------------------------------

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from mesh.core.border_rules import MAX_PAUSE_S, pause_s
 from mesh.errors import MeshError
 
 T = TypeVar("T")
+
+#: What must be done still gets this long when the node stops.
+_LAST_WORDS_S = 1.0
 
 _LOG = logging.getLogger("keymesh.tasks")
 
@@ -29,6 +33,7 @@ class Background:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._needed: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
     def __len__(self) -> int:
@@ -43,13 +48,69 @@ class Background:
             task.cancel()
         return task
 
+    def keep(self, name: str, loop: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Task[Any]:
+        """Runs a loop for as long as the node runs: one that breaks is logged, and begins again."""
+        return self.spawn(self._kept(name, loop))
+
+    async def _kept(self, name: str, loop: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        clock = asyncio.get_running_loop().time
+        breaks = 0
+        while True:
+            began_s = clock()
+            try:
+                await loop()
+            except Exception:  # noqa: BLE001 - whatever it is must not end the loop in silence
+                _LOG.exception("a background loop broke and begins again", extra={"loop": name})
+            else:
+                return
+            breaks = 1 if clock() - began_s > MAX_PAUSE_S else breaks + 1
+            await asyncio.sleep(pause_s(breaks))
+
+    def insist(self, what: str, work: Callable[[], Awaitable[object]], *, for_s: float | None = None) -> None:
+        """Does ``work``, again after every MeshError, until it is done; ``close`` waits a moment for it.
+
+        Args:
+            what: for the log.
+            for_s: after which nobody needs it any more.
+        """
+        self._need(self.spawn(self._insisted(what, work, for_s)))
+
+    async def unbroken(self, work: Coroutine[Any, Any, T]) -> T:
+        """As the function of that name; ``close`` waits for what follows from it, too."""
+        return await asyncio.shield(self._need(asyncio.get_running_loop().create_task(work)))
+
+    def _need(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+        self._needed.add(task)
+        task.add_done_callback(self._needed.discard)
+        return task
+
+    @staticmethod
+    async def _insisted(what: str, work: Callable[[], Awaitable[object]], for_s: float | None) -> None:
+        clock = asyncio.get_running_loop().time
+        began_s, attempts = clock(), 0
+        while True:
+            try:
+                await work()
+            except MeshError as exc:
+                attempts += 1
+                if for_s is not None and clock() - began_s > for_s:
+                    raise
+                _LOG.warning("not possible yet: %s", what, extra={"cause": str(exc)})
+                await asyncio.sleep(pause_s(attempts))
+            else:
+                return
+
     async def drain(self) -> None:
         """Waits until nothing is under way; for tests and for a graceful stop."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 
     async def close(self) -> None:
-        """Cancels what is under way and waits for it."""
+        """Cancels what is under way, what must be done a little later, and waits for it."""
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + _LAST_WORDS_S
+        while self._needed and (left_s := until_s - clock()) > 0:
+            await asyncio.wait(set(self._needed), timeout=left_s)
         self._is_closed = True
         while self._tasks:
             for task in set(self._tasks):
