@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from mesh.core.border_rules import BufferSpec, pause_s
@@ -19,7 +20,7 @@ from mesh.errors import MeshError
 from mesh.node.border.ports import After
 from mesh.node.keyports import Surroundings
 from mesh.node.supply import Keys
-from mesh.node.tasks import unbroken
+from mesh.node.tasks import Background, unbroken
 from mesh.store.store import Store
 from mesh.store.tables import BufferRow, Tables
 
@@ -65,13 +66,17 @@ class Buffers:
         fill: Fill,
         void: Void,
         is_granted: Callable[[BufferRow], bool],
+        tasks: Background,
     ) -> None:
         self._around = around
         self._store = store
         self._fill = fill
         self._void = void
         self._is_granted = is_granted
+        self._tasks = tasks
         self._stocks = {(spec.master, spec.slave): _Stock(spec, deque()) for spec in specs}
+        #: Keys that are not handed out any more and not voided yet, and their borders.
+        self._leaving: dict[bytes, str] = {}
         self._kick = asyncio.Event()
 
     def load(self) -> None:
@@ -91,6 +96,8 @@ class Buffers:
     async def take(self, master: str, slave: str, number: int, size_bytes: int) -> tuple[Keys, str] | None:
         """Ready keys of a pair, durably out of the buffer; None when there are too few of that size.
 
+        Those of a caller that leaves are voided.
+
         Raises:
             UnavailableError: the store could not be written; nothing was handed out.
         """
@@ -109,25 +116,28 @@ class Buffers:
         for row in rows:
             stock.rows.remove(row)
         self._kick.set()
-        await unbroken(self._take_out(stock, rows))
-        return [(row.key_id, row.value) for row in rows], rows[0].grade
-
-    async def _take_out(self, stock: _Stock, rows: Sequence[BufferRow]) -> None:
+        ids = [row.key_id for row in rows]
         try:
-            await self._store.commit(lambda tables: tables.border.take_buffered([row.key_id for row in rows]))
+            await unbroken(self._store.commit(lambda tables: tables.border.take_buffered(ids)))
         except MeshError:
             stock.rows.extendleft(reversed(rows))
             raise
+        except asyncio.CancelledError:
+            self._discard(rows)
+            raise
+        return [(row.key_id, row.value) for row in rows], rows[0].grade
 
     def unbuffer(self, tables: Tables, after: After, key_id: bytes, border: str) -> bool:
         """Takes a key back for its border, inside a change of the store; False if it is not here."""
+        if self._leaving.get(key_id) == border:
+            return True
         for stock in self._stocks.values():
             for row in stock.rows:
                 if row.key_id == key_id and row.border == border:
                     tables.border.take_buffered([key_id])
-                    # At once: a change that fails leaves the key to the next start.
                     stock.rows.remove(row)
                     after.steps.append(self._kick.set)
+                    after.undo.append(partial(stock.rows.appendleft, row))
                     return True
         return False
 
@@ -142,7 +152,7 @@ class Buffers:
                         group.create_task(self._fill_one(stock, number))
                 if self._around.monotonic_s() >= age_at_s:
                     age_at_s = self._around.monotonic_s() + _AGE_EVERY_S
-                    await self._drop_old()
+                    self._drop_old()
                 self._kick.clear()
                 try:
                     async with asyncio.timeout(_FILL_EVERY_S):
@@ -171,17 +181,25 @@ class Buffers:
             stock.filling -= number
             self._kick.set()
 
-    async def _drop_old(self) -> None:
+    def _drop_old(self) -> None:
         now_s = self._around.now_s()
         for stock in self._stocks.values():
             old = [row for row in stock.rows if row.expires_at_s <= now_s or not self._is_granted(row)]
             for row in old:
                 stock.rows.remove(row)
-            for border in sorted({row.border for row in old}):
-                part = [row for row in old if row.border == border]
-                try:
-                    await self._void(border, stock.spec.master, [row.key_id for row in part])
-                    await self._take_out(stock, part)
-                except MeshError as exc:
-                    # They are not handed out any more; the next start tries again.
-                    _LOG.warning("old keys not voided yet", extra={"border": border, "cause": str(exc)})
+            self._discard(old)
+
+    def _discard(self, rows: Sequence[BufferRow]) -> None:
+        """Voids keys at their borders, then forgets them here; until then a restart finds them again."""
+        for border, master in sorted({(row.border, row.master) for row in rows}):
+            ids = [row.key_id for row in rows if (row.border, row.master) == (border, master)]
+            self._leaving.update(dict.fromkeys(ids, border))
+            self._tasks.insist(
+                f"voiding buffered keys at {border}", partial(self._leave, border, master, ids)
+            )
+
+    async def _leave(self, border: str, master: str, ids: Sequence[bytes]) -> None:
+        await self._void(border, master, ids)
+        await self._store.commit(lambda tables: tables.border.forget_buffered(ids))
+        for key_id in ids:
+            self._leaving.pop(key_id, None)

@@ -18,6 +18,7 @@ from mesh.node.handovers import Handovers, LocalParcel, Parcel, export_message
 from mesh.node.keyports import Surroundings
 from mesh.node.keystore import LOCAL_GRADE, StoredKeys, random_id
 from mesh.node.supply import Keys, Supply
+from mesh.node.tasks import Background
 from mesh.store.store import Store
 from mesh.store.tables import BufferRow
 
@@ -40,6 +41,7 @@ class ForeignKeys:
         stored: StoredKeys,
         handovers: Handovers,
         border: Border,
+        tasks: Background,
         lifetime_s: float,
     ) -> None:
         self._around = around
@@ -50,7 +52,13 @@ class ForeignKeys:
         self._border = border
         self._lifetime_s = lifetime_s
         self.buffers = Buffers(
-            around, specs, store=store, fill=self._fill, void=self._void, is_granted=self._is_granted
+            around,
+            specs,
+            store=store,
+            fill=self._fill,
+            void=self._void,
+            is_granted=self._is_granted,
+            tasks=tasks,
         )
         handovers.unbuffer = self.buffers.unbuffer
 
@@ -114,8 +122,8 @@ class ForeignKeys:
             parcels,
             local,
             timeout_s=max(0.1, deadline - self._around.monotonic_s()),
-            keep=rows,
-            on_kept=(lambda: on_kept(rows)) if on_kept is not None else lambda: None,
+            also=lambda tables: tables.border.put_buffered(rows),
+            on_kept=None if on_kept is None else lambda: on_kept(rows),
         )
         return keys, grade
 

@@ -3,27 +3,29 @@
 Owns that a master gets such a key only when the far end has acknowledged it, and that a ``relayed``
 nobody waits for becomes a void (protocol 6.2), also across a crash. What is under way is a durable job
 towards the border; deleting it, in one commit with whatever keeps the keys, is what decides that they
-are released. Nothing here speaks to foreign key managers; ready-made keys are in ``mesh.node.buffers``.
+are released. Keys that are released just as their caller leaves are voided, too. Nothing here speaks to
+foreign key managers; ready-made keys are in ``mesh.node.buffers``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import msgspec
 
-from mesh.core.border_rules import Association, pause_s
-from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
+from mesh.core.border_rules import Association
+from mesh.errors import ErrorReason, PeerError, ShortageError, UnavailableError
 from mesh.node.border.ports import After, Arrival
 from mesh.node.jobs import Answered, Jobs
 from mesh.node.keyports import Surroundings
-from mesh.node.tasks import Background, unbroken
+from mesh.node.tasks import Background
 from mesh.store.store import Store
-from mesh.store.tables import BufferRow, Tables
+from mesh.store.tables import Tables
 from mesh.v1.peer_pb2 import ExportKeys, SealedAnswer, SealedMessage, VoidKeys
 
 KIND = "handover"
@@ -77,32 +79,48 @@ class _Context(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(slots=True, repr=False)
 class _Group:
-    """Parcels that count together: all acknowledged and still wanted, or all voided."""
+    """Parcels that count together: all acknowledged and still wanted, or all voided.
+
+    Attributes:
+        holders: the KMEs that each key_ID went to.
+        also: written in the commit that releases the keys.
+        on_kept: called after it, if what ``also`` wrote has the keys from then on, whoever leaves.
+        deciding: changes under way whose commit would release them.
+    """
 
     group_id: bytes
     master: str
     parcels: tuple[Parcel, ...]
-    key_ids: frozenset[bytes]
-    members: int
-    keep: tuple[BufferRow, ...]
-    on_kept: Callable[[], None]
+    is_local: bool
+    holders: dict[bytes, set[str]]
+    also: Callable[[Tables], object]
+    on_kept: Callable[[], None] | None
     outcome: asyncio.Future[None]
     decided: asyncio.Future[bool]
     answers: dict[bytes, bool] = field(default_factory=dict)
     is_waiting: bool = True
     is_recalled: bool = False
-    is_deciding: bool = False
+    deciding: int = 0
+
+    @property
+    def members(self) -> int:
+        """How many must say yes."""
+        return len(self.parcels) + self.is_local
+
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody waits, and nobody took a key back."""
+        return self.is_waiting and not self.is_recalled
 
     @property
     def is_good(self) -> bool:
         """Everybody said yes, and somebody still wants the keys."""
-        is_complete = len(self.answers) == self.members and all(self.answers.values())
-        return is_complete and self.is_waiting and not self.is_recalled
+        return self.is_wanted and len(self.answers) == self.members and all(self.answers.values())
 
     @property
     def is_lost(self) -> bool:
         """It can only end in voids."""
-        return not self.is_waiting or self.is_recalled or not all(self.answers.values())
+        return not self.is_wanted or not all(self.answers.values())
 
 
 class Handovers:
@@ -118,7 +136,7 @@ class Handovers:
         self._jobs = jobs
         self._tasks = tasks
         self._groups: dict[bytes, _Group] = {}
-        self._orphans: dict[bytes, str] = {}
+        self._orphans: dict[bytes, set[str]] = {}
         self.exporter: Exporter | None = None
         #: Takes a ready-made key out of its buffer; False if it is in none.
         self.unbuffer: Callable[[Tables, After, bytes, str], bool] = lambda *_: False
@@ -126,9 +144,17 @@ class Handovers:
 
     def load(self) -> None:
         """Remembers what was under way before a restart: nobody waits for it, it will be voided."""
-        for row in self._store.read(lambda tables: tables.jobs.list(kind=KIND)):
-            context = msgspec.msgpack.decode(row.context, type=_Context)
-            self._orphans.update(dict.fromkeys(context.key_ids, row.peer))
+        rows = self._store.read(lambda tables: tables.jobs.list(kind=KIND))
+        contexts = [(row.peer, msgspec.msgpack.decode(row.context, type=_Context)) for row in rows]
+        for peer, context in contexts:
+            for key_id in context.key_ids:
+                self._orphans.setdefault(key_id, set()).add(peer)
+        groups = {context.group for _, context in contexts}
+        for group in self._store.read(lambda tables: self._crossed_here(tables, groups)):
+            self._give_up_local(group)
+
+    def _crossed_here(self, tables: Tables, groups: Iterable[bytes]) -> list[bytes]:
+        return [one for one in groups if tables.border.exchanges_for(self._around.own_id, one)]
 
     async def hand_over(
         self,
@@ -137,28 +163,32 @@ class Handovers:
         local: LocalParcel | None = None,
         *,
         timeout_s: float,
-        keep: Sequence[BufferRow] = (),
-        on_kept: Callable[[], None] = lambda: None,
+        also: Callable[[Tables], object] = lambda _: None,
+        on_kept: Callable[[], None] | None = None,
     ) -> None:
         """Returns once every border has them acknowledged; the keys are the caller's to release then.
 
         Args:
-            keep: rows to put into a buffer with the very decision.
-            on_kept: called when that is durable.
+            also: written with the very decision.
+            on_kept: called when that is durable; the keys then stay, even if the caller leaves.
 
         Raises:
             ShortageError, UnavailableError, PeerError: they are not released, and are voided.
         """
         loop = asyncio.get_running_loop()
-        key_ids = {key_id for parcel in parcels for key_id in parcel.key_ids}
-        key_ids |= {key.key_id for key in (local.keys if local else ())}
+        holders: dict[bytes, set[str]] = {}
+        for parcel in parcels:
+            for key_id in parcel.key_ids:
+                holders.setdefault(key_id, set()).add(parcel.border)
+        for key in local.keys if local else ():
+            holders.setdefault(key.key_id, set()).add(self._around.own_id)
         group = _Group(
             group_id=self._around.randomness(16),
             master=master,
             parcels=tuple(parcels),
-            key_ids=frozenset(key_ids),
-            members=len(parcels) + (local is not None),
-            keep=tuple(keep),
+            is_local=local is not None,
+            holders=holders,
+            also=also,
             on_kept=on_kept,
             outcome=loop.create_future(),
             decided=loop.create_future(),
@@ -177,10 +207,10 @@ class Handovers:
                 ) from exc
         except asyncio.CancelledError:
             if _is_released(group):
-                self._tasks.spawn(self._void_released(group))
+                self._void_released(group)
             raise
         finally:
-            await self._leave(group)
+            self._leave(group)
 
     async def _send(
         self,
@@ -209,21 +239,26 @@ class Handovers:
                 give_up_s=max(_LEAST_S, timeout_s - MARGIN_S),
             )
 
-    async def _leave(self, group: _Group) -> None:
-        """Nobody waits any more: what was not released by now never will be."""
+    def _leave(self, group: _Group) -> None:
+        """Nobody waits any more: what is not released by now, nor just being released, never will be."""
         group.is_waiting = False
-        if not group.outcome.done():
-            group.outcome.cancel()
-        if not group.decided.done() and not group.is_deciding:
-            group.decided.set_result(False)
-        if group.decided.done() and not group.decided.result() and group.answers.get(_LOCAL):
-            await unbroken(self._give_up_local(group.group_id))
-        if group.decided.done():
-            self._groups.pop(group.group_id, None)
+        group.outcome.cancel()
+        if not group.deciding:
+            self._end(group)
 
-    async def _give_up_local(self, group_id: bytes) -> None:
-        if self.exporter is not None:
-            await self.exporter.give_up_local(group_id)
+    def _end(self, group: _Group) -> None:
+        if not group.decided.done():
+            group.decided.set_result(False)
+        is_known = self._groups.pop(group.group_id, None) is not None
+        if is_known and group.is_local and not group.decided.result() and group.answers.get(_LOCAL, True):
+            self._give_up_local(group.group_id)
+
+    def _give_up_local(self, group_id: bytes) -> None:
+        async def give_up() -> None:
+            if self.exporter is not None:
+                await self.exporter.give_up_local(group_id)
+
+        self._tasks.insist("giving up what crosses the border here", give_up)
 
     # answers
 
@@ -238,64 +273,88 @@ class Handovers:
         if not is_released:
             await self._undo(answered, context)
         for key_id in context.key_ids:
-            self._orphans.pop(key_id, None)
+            left = self._orphans.get(key_id, set())
+            left.discard(answered.peer)
+            if not left:
+                self._orphans.pop(key_id, None)
 
     async def _decide(self, group: _Group) -> None:
         """Once all have answered, or one said no."""
-        if group.decided.done() or group.is_deciding:
+        if group.decided.done() or group.deciding:
             return
         if group.is_lost:
             group.decided.set_result(False)
             if not group.outcome.done():
                 group.outcome.set_exception(_refused())
-            return
-        if not group.is_good:
-            return
-        group.is_deciding = True
+        elif group.is_good:
+            # A node that stops meanwhile must not leave keys that are released and nobody's.
+            await self._tasks.unbroken(self._release(group))
+
+    async def _release(self, group: _Group) -> None:
         jobs = [job_id for job_id in group.answers if job_id != _LOCAL]
 
         def change(tables: Tables) -> None:
             for job_id in jobs:
                 tables.jobs.delete(job_id)
-            tables.border.put_buffered(group.keep)
+            group.also(tables)
 
+        group.deciding += 1
         try:
-            await unbroken(self._commit(change))
-        finally:
-            group.is_deciding = False
+            await self._store.commit(change)
+        except BaseException:
+            self._undecided(group)
+            raise
         self._released(group)
 
-    async def _commit(self, change: Callable[[Tables], None]) -> None:
-        await self._store.commit(change)
+    def _undecided(self, group: _Group) -> None:
+        """The disk did not take the decision: the next answer decides again, if anybody still waits."""
+        group.deciding -= 1
+        if not group.deciding and not group.is_waiting:
+            self._end(group)
 
     def _released(self, group: _Group) -> None:
         """The decision is durable; should the caller have left meanwhile, the keys are taken back."""
+        group.deciding -= 1
         group.decided.set_result(True)
-        if group.keep:
-            group.on_kept()
-        if group.is_waiting and not group.outcome.done():
-            group.outcome.set_result(None)
-            return
         self._groups.pop(group.group_id, None)
-        if not group.keep:
-            self._tasks.spawn(self._void_released(group))
+        if group.on_kept is not None:
+            group.on_kept()
+        if group.is_waiting:
+            group.outcome.set_result(None)
+        else:
+            self._void_released(group)
 
-    async def _void_released(self, group: _Group) -> None:
+    def _void_released(self, group: _Group) -> None:
         """Keys that were acknowledged just as their caller left: nobody learnt them."""
-        _LOG.warning("keys were acknowledged as their caller left", extra={"keys": len(group.key_ids)})
-        if group.answers.get(_LOCAL):
-            await self._give_up_local(group.group_id)
+        if group.on_kept is not None:
+            return
+        _LOG.warning("keys were acknowledged as their caller left", extra={"keys": len(group.holders)})
+        if group.is_local:
+            self._give_up_local(group.group_id)
         for parcel in group.parcels:
-            attempts = 0
-            while True:
-                try:
-                    await self.void(parcel.border, group.master, parcel.key_ids)
-                except MeshError as exc:
-                    attempts += 1
-                    _LOG.warning("void cannot leave yet", extra={"peer": parcel.border, "cause": str(exc)})
-                    await asyncio.sleep(pause_s(attempts))
-                else:
-                    break
+            self.void_soon(parcel.border, group.master, parcel.key_ids)
+        self.void_stored(group.master, tuple(group.holders))
+
+    def void_stored(self, master: str, key_ids: Sequence[bytes]) -> None:
+        """Voids what this node's own key store has of keys that nobody was given."""
+
+        def change(tables: Tables) -> None:
+            for key_id in key_ids:
+                tables.keystore.void(master, key_id)
+
+        self._tasks.insist("voiding stored keys", lambda: self._store.commit(change))
+
+    def void_soon(
+        self, border: str, master: str, key_ids: Sequence[bytes], *, for_s: float | None = None
+    ) -> None:
+        """Voids keys that nobody was given at another KME, as soon as that can be sealed.
+
+        Args:
+            for_s: after which it is given up: they expire.
+        """
+        self._tasks.insist(
+            f"voiding keys at {border}", partial(self.void, border, master, key_ids), for_s=for_s
+        )
 
     async def void(
         self,
@@ -333,29 +392,33 @@ class Handovers:
         group = self._groups.get(export_id)
         if group is None or group.decided.done():
             return False
-        group.answers[_LOCAL] = not failed
-        if group.members > 1 or not group.is_good:
-            after.steps.append(lambda: self._tasks.spawn(self._decide(group)))
-            return not group.is_lost
-        group.is_deciding = True
-        tables.border.put_buffered(group.keep)
-
-        def release() -> None:
-            group.is_deciding = False
-            self._released(group)
-
-        after.steps.append(release)
+        is_held = not failed
+        if group.members > 1 or not is_held or not group.is_wanted:
+            after.steps.append(lambda: self._told(group, is_held=is_held))
+            return is_held and not group.is_lost
+        group.deciding += 1
+        group.also(tables)
+        after.steps.append(lambda: self._released(group))
+        after.undo.append(lambda: self._undecided(group))
         return True
 
+    def _told(self, group: _Group, *, is_held: bool) -> None:
+        group.answers[_LOCAL] = is_held
+        if not group.decided.done():
+            self._tasks.spawn(self._decide(group))
+        elif is_held and not group.decided.result():
+            self._give_up_local(group.group_id)
+
     def take_back(self, tables: Tables, after: After, key_id: bytes, *, border: str) -> bool:
-        """A border wants a key back: possible while it is on its way or in a buffer."""
+        """A border to which a key went wants it back: possible on its way, or in a buffer."""
         if self.unbuffer(tables, after, key_id, border):
             return True
         for group in self._groups.values():
-            if key_id in group.key_ids and not group.decided.done() and not group.is_deciding:
+            is_open = not group.decided.done() and not group.deciding
+            if border in group.holders.get(key_id, ()) and is_open:
                 group.is_recalled = True
                 return True
-        return self._orphans.get(key_id) == border
+        return border in self._orphans.get(key_id, ())
 
 
 def export_message(master: str, slave: str, key_ids: Sequence[bytes], *, give_up_s: float) -> SealedMessage:

@@ -215,7 +215,6 @@ class KeyPlane:
             supply=self.supply,
             jobs=self.jobs,
             handovers=self.handovers,
-            tasks=self.tasks,
             lifetime_s=config.key_lifetime_s,
         )
         self.expiry = Expiry(around, store=store, lifetime_s=config.key_lifetime_s, spawn=self.tasks.spawn)
@@ -247,6 +246,7 @@ class KeyPlane:
             stored=self.stored,
             handovers=self.handovers,
             border=self.border,
+            tasks=self.tasks,
             lifetime_s=config.key_lifetime_s,
         )
         self.retirer = Retirer(
@@ -274,9 +274,9 @@ class KeyPlane:
         self.foreign.buffers.load()
         self.jobs.resume()
         self.border.start()
-        self.tasks.spawn(self.foreign.buffers.run())
-        self.tasks.spawn(self.supply.run())
-        self.tasks.spawn(self._maintain())
+        self.tasks.keep("buffers", self.foreign.buffers.run)
+        self.tasks.keep("supply", self.supply.run)
+        self.tasks.keep("upkeep", self._maintain)
 
     async def stop(self) -> None:
         """Takes no more requests and ends the background work; what is under way is forfeited."""

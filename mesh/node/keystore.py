@@ -10,8 +10,7 @@ With a slave elsewhere the bytes come from the reserve to that slave's KME inste
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mesh.core import otp
 from mesh.core.border_rules import Association
@@ -22,18 +21,16 @@ from mesh.node.jobs import Jobs
 from mesh.node.keyports import Surroundings
 from mesh.node.ports import LinkPlanePort
 from mesh.node.supply import Keys, Supply
-from mesh.node.tasks import Background, unbroken
+from mesh.node.tasks import unbroken
 from mesh.store.store import Store
 from mesh.store.tables import StoredKeyRow, Tables
-from mesh.v1.peer_pb2 import KeyDeposit, SealedAnswer, SealedMessage, StoredKey, VoidKeys
+from mesh.v1.peer_pb2 import KeyDeposit, SealedAnswer, SealedMessage, StoredKey
 
 _MAX_DEPOSIT_BYTES = 128 * 1024
-_VOID_TIMEOUT_S = 30.0
+_VOID_FOR_S = 60.0
 # What a hardware source is said to hold ready.
 _HARDWARE_LEVEL_BYTES = 1 << 20
 LOCAL_GRADE = "local"
-
-_LOG = logging.getLogger("keymesh.keystore")
 
 
 class StoredKeys:
@@ -48,7 +45,6 @@ class StoredKeys:
         supply: Supply,
         jobs: Jobs,
         handovers: Handovers,
-        tasks: Background,
         lifetime_s: float,
     ) -> None:
         self._around = around
@@ -57,7 +53,6 @@ class StoredKeys:
         self._links = links
         self._supply = supply
         self._jobs = jobs
-        self._tasks = tasks
         self._lifetime_s = lifetime_s
 
     async def create(
@@ -79,31 +74,8 @@ class StoredKeys:
 
         Raises:
             ShortageError, UnavailableError, PeerError: not all targets took the keys; those that
-                did are told to void them. A caller that gives up first changes nothing about it.
+                did are told to void them, as they are when the caller leaves.
         """
-        return await unbroken(
-            self._create(
-                master,
-                slaves,
-                number,
-                size_bytes,
-                timeout_s=timeout_s,
-                request_id=request_id,
-                foreign=foreign,
-            )
-        )
-
-    async def _create(
-        self,
-        master: str,
-        slaves: Mapping[str, Sequence[str]],
-        number: int,
-        size_bytes: int,
-        *,
-        timeout_s: float,
-        request_id: str,
-        foreign: Collection[str],
-    ) -> tuple[Keys, str]:
         deadline = self._around.monotonic_s() + timeout_s
         remote = sorted(kme for kme in slaves if kme != self._around.own_id)
         if remote:
@@ -123,21 +95,36 @@ class StoredKeys:
         expires_at_s = int(self._around.now_s() + self._lifetime_s)
         at_home = slaves.get(self._around.own_id, ())
         here = [sae for sae in at_home if sae not in foreign]
-        if here:
-            rows = [
-                StoredKeyRow(master, key_id, value, expires_at_s, "", grade, dict.fromkeys(here, False))
-                for key_id, value in keys
-            ]
-            await self._store.commit(lambda tables: tables.keystore.put_stored_keys(rows))
+        rows = [
+            StoredKeyRow(master, key_id, value, expires_at_s, "", grade, dict.fromkeys(here, False))
+            for key_id, value in keys
+            if here
+        ]
+
+        def keep_here(tables: Tables) -> None:
+            tables.keystore.put_stored_keys(rows)
+
+        targets = {kme: slaves[kme] for kme in remote}
         if foreign:
             crossing = [sae for sae in at_home if sae in foreign]
-            targets = {kme: slaves[kme] for kme in remote}
-            await self._hand_over(master, targets, crossing, keys, grade=grade, deadline=deadline)
-        elif remote:
-            targets = {kme: slaves[kme] for kme in remote}
+            await self._hand_over(
+                master, targets, crossing, keys, grade=grade, deadline=deadline, also=keep_here
+            )
+            return keys, grade
+        try:
             await self._deposit(
                 master, targets, keys, grade=grade, expires_at_s=expires_at_s, deadline=deadline
             )
+            if rows:
+                await unbroken(self._store.commit(keep_here))
+        except (MeshError, asyncio.CancelledError):
+            # Nobody learnt them, and any of the targets may have them by now.
+            key_ids = [key_id for key_id, _ in keys]
+            if rows:
+                self._handovers.void_stored(master, key_ids)
+            for kme in targets:
+                self._handovers.void_soon(kme, master, key_ids, for_s=_VOID_FOR_S)
+            raise
         return keys, grade
 
     async def _hand_over(
@@ -149,6 +136,7 @@ class StoredKeys:
         *,
         grade: str,
         deadline: float,
+        also: Callable[[Tables], object],
     ) -> None:
         """As ``_deposit``, where some slaves are foreign: their key managers acknowledge, too."""
         left_s = max(0.1, deadline - self._around.monotonic_s())
@@ -163,12 +151,7 @@ class StoredKeys:
         if crossing:
             arrivals = tuple(Arrival(key_id, value) for key_id, value in keys)
             local = LocalParcel(Association.of(master, crossing), arrivals)
-        try:
-            await self._handovers.hand_over(master, parcels, local, timeout_s=left_s)
-        except MeshError:
-            key_ids = [key_id for key_id, _ in keys]
-            await self._store.commit(lambda tables: _void_here(tables, master, key_ids))
-            raise
+        await self._handovers.hand_over(master, parcels, local, timeout_s=left_s, also=also)
 
     async def _deposit(
         self,
@@ -180,7 +163,7 @@ class StoredKeys:
         expires_at_s: int,
         deadline: float,
     ) -> None:
-        """All targets acknowledge, or all void (4.9)."""
+        """Returns once all targets have acknowledged."""
         left_s = max(0.1, deadline - self._around.monotonic_s())
         messages = [
             (kme, SealedMessage(keys=self._message(master, saes, part, grade, expires_at_s)))
@@ -192,21 +175,8 @@ class StoredKeys:
             return_exceptions=True,
         )
         error = next((problem for outcome in outcomes if (problem := _problem(outcome)) is not None), None)
-        if error is None:
-            return
-        key_ids = [key_id for key_id, _ in keys]
-        await self._store.commit(lambda tables: _void_here(tables, master, key_ids))
-        for kme in targets:
-            self._tasks.spawn(self._void(kme, master, key_ids))
-        raise error
-
-    async def _void(self, kme: str, master: str, key_ids: Sequence[bytes]) -> None:
-        message = SealedMessage(void_keys=VoidKeys(master_sae_id=master, key_ids=key_ids))
-        try:
-            await self._jobs.submit(kme, message, timeout_s=_VOID_TIMEOUT_S)
-        except MeshError as exc:
-            # The keys' IDs were never given to anybody, and expire.
-            _LOG.warning("void not sent", extra={"peer": kme, "cause": str(exc)})
+        if error is not None:
+            raise error
 
     @staticmethod
     def _message(master: str, saes: Sequence[str], keys: Keys, grade: str, expires_at_s: int) -> KeyDeposit:
@@ -253,11 +223,6 @@ class StoredKeys:
         """Bytes that same-KME keys could be made of now; a hardware source always has some."""
         own = _HARDWARE_LEVEL_BYTES if self._around.has_random_device else 0
         return own + sum(link.status().transmit.usable for link in self._links.links.values() if link.is_open)
-
-
-def _void_here(tables: Tables, master: str, key_ids: Sequence[bytes]) -> None:
-    for key_id in key_ids:
-        tables.keystore.void(master, key_id)
 
 
 def _parts(keys: Keys) -> list[Keys]:

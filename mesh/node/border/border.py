@@ -27,7 +27,7 @@ from mesh.node.deposits import InboundDeposits
 from mesh.node.jobs import Jobs
 from mesh.node.keyports import AlarmPort, RoutePort, Surroundings
 from mesh.node.redeem import Redeemer
-from mesh.node.tasks import Background, unbroken
+from mesh.node.tasks import Background
 from mesh.store.store import Store
 from mesh.store.tables import CallRow, PostRow, Tables
 from mesh.v1.border_pb2 import LeasedJob
@@ -129,7 +129,7 @@ class Border:
         if self._store.read(lambda tables: tables.border.unsettled("local")):
             self._tasks.spawn(self._forsake_local())
         if self.config.gateways or self.counts():
-            self._tasks.spawn(self._sweep())
+            self._tasks.keep("border", self._sweep)
 
     async def _forsake_local(self) -> None:
         """Nobody waits any more for exports that this node's own SAEs asked for before the restart."""
@@ -417,7 +417,7 @@ class Border:
         self._posts.heard(peer, status, exchange_id)
 
     async def _run(self, change: Callable[[Ledger], None]) -> None:
-        await unbroken(self._run_to_end(change))
+        await self._tasks.unbroken(self._run_to_end(change))
 
     async def _run_to_end(self, change: Callable[[Ledger], None]) -> None:
         after = After()
@@ -427,7 +427,11 @@ class Border:
             change(ledger)
             ledger.settle()
 
-        await self._store.commit(whole)
+        try:
+            await self._store.commit(whole)
+        except BaseException:
+            after.revert()
+            raise
         after.run()
 
     def _first_state(self) -> Outbound:

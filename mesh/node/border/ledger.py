@@ -397,13 +397,19 @@ class Ledger:
         if any(key.state in OPEN_OUTBOUND for key in keys):
             return
         failed = list(dict.fromkeys(key.key_id for key in keys if key.state not in _HELD_OUTBOUND))
+        unwanted = {key.key_id for key in keys}
         if exchange.owner == "deposit":
             self._ports.resolve(self.tables, self.after, exchange.source, exchange.source_job, failed)
-        elif not self._ports.tell_local(self.tables, self.after, exchange.source_job, failed) or failed:
-            # A relayed nobody waits for becomes a void (protocol 6.2).
-            for key in keys:
-                if key.state in _HELD_OUTBOUND:
-                    self.outbound(key, OutboundEvent.GIVE_UP)
+            # What one peer did not take, neither another one nor a slave homed here may keep (4.9).
+            unwanted = set(failed)
+            for key_id in failed:
+                self.tables.keystore.void(exchange.initiator, key_id)
+        elif self._ports.tell_local(self.tables, self.after, exchange.source_job, failed) and not failed:
+            return
+        # A relayed nobody waits for becomes a void (protocol 6.2).
+        for key in keys:
+            if key.key_id in unwanted and key.state in _HELD_OUTBOUND:
+                self.outbound(key, OutboundEvent.GIVE_UP)
 
     def _tell_transit(self, exchange: ExchangeRow) -> None:
         inbound_exchange = self.exchange(exchange.source_job)

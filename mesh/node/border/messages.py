@@ -90,7 +90,7 @@ class BorderMessages:
             )
             return Outcome(is_pending=True)
 
-        return self._applied(start, settled=redemption.settled)
+        return self._applied(start, told=redemption.settled)
 
     def prepare_keys(self, source: str, job_id: bytes, deposit: KeyDeposit) -> Applied | None:
         """Keys with their bytes: in transit, or for several slaves of which some are foreign."""
@@ -250,9 +250,14 @@ class BorderMessages:
     # how they are applied
 
     def _applied(
-        self, start: Callable[[Ledger], Outcome], *, settled: Callable[[bool], None] = lambda _: None
+        self, start: Callable[[Ledger], Outcome], *, told: Callable[[bool], None] = lambda _: None
     ) -> Applied:
         after = After()
+
+        def settled(is_durable: bool) -> None:
+            told(is_durable)
+            if not is_durable:
+                after.revert()
 
         def change(tables: Tables) -> Outcome:
             ledger = Ledger(tables, self._ports, after)

@@ -21,13 +21,19 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class After:
-    """What happens in memory once the transaction is durable."""
+    """What happens in memory once the transaction is durable, and what if it never will be."""
 
     steps: list[Callable[[], object]] = field(default_factory=list)
+    undo: list[Callable[[], object]] = field(default_factory=list)
 
     def run(self) -> None:
         """The disk has answered yes."""
         for step in self.steps:
+            step()
+
+    def revert(self) -> None:
+        """The change failed: nothing of it is on disk."""
+        for step in reversed(self.undo):
             step()
 
 

@@ -525,6 +525,11 @@ class Border(Table):
             if not self._run("DELETE FROM foreign_buffer WHERE key_id = ?", key_id):
                 raise CallerError("no such buffered key", facts={"key_id": key_id.hex()})
 
+    def forget_buffered(self, key_ids: Iterable[bytes]) -> None:
+        """Take out whichever of these keys are still in the buffer."""
+        for key_id in key_ids:
+            self._run("DELETE FROM foreign_buffer WHERE key_id = ?", key_id)
+
     def buffered(self) -> list[BufferRow]:
         """All buffered keys, oldest first."""
         rows = self._rows(
