@@ -21,6 +21,8 @@ from mesh.pki.authority import CredentialFiles, Pki
 
 DOMAIN = "own"
 _START_S = 60.0
+#: SAEs behind the border, and behind no key manager that is configured there.
+UNREACHABLE = "unreachable-"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class BorderSite:
         etsi020: further settings of the gateway's.
         domain: SAEs are called after it, with ``-a``, ``-b`` and ``-c``, the KME with ``-kme``.
         port020: where key managers are listened for; 0 takes a free one.
+        request_timeout_s: how long an application of the site waits for its keys.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class BorderSite:
         etsi020: dict[str, Any] | None = None,
         domain: str = DOMAIN,
         port020: int = 0,
+        request_timeout_s: float = 4.0,
     ) -> None:
         self.directory = directory
         self.domain, self.kme, self._gateway = domain, f"{domain}-kme", f"{domain}-gw"
@@ -69,6 +73,7 @@ class BorderSite:
         self.url = f"https://localhost:{ports[2]}"
         self.url020 = f"https://localhost:{ports[4]}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._request_timeout_s = request_timeout_s
         self._write_node(neighbours, proofs, border or {})
         self._write_gateway(neighbours, https, listen, etsi020 or {})
 
@@ -90,7 +95,11 @@ class BorderSite:
                 "nodes": {self.kme: {}},
                 "saes": {sae: {"home": self.kme} for sae in self._saes()},
                 "foreign": [
-                    {"prefix": one.prefix, "border": self.kme, "domain": one.kme_id} for one in neighbours
+                    {"prefix": prefix, "border": self.kme, "domain": domain}
+                    for prefix, domain in (
+                        *((one.prefix, one.kme_id) for one in neighbours),
+                        (UNREACHABLE, "nowhere"),
+                    )
                 ],
             },
         )
@@ -112,7 +121,7 @@ class BorderSite:
                 "proof_dir": str(proofs),
                 # No link, no lane bytes: keys made here come from this device alone.
                 "random_device": "/dev/urandom",
-                "limits": {"request_timeout_s": 4.0},
+                "limits": {"request_timeout_s": self._request_timeout_s},
                 "border": {
                     "gateways": [self._gateway],
                     "url": self.url020,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -35,9 +36,11 @@ from tests.independent020.peer import (
     until,
 )
 from tests.independent020.troubles import TROUBLES, Released, merging, silent
-from tests.independent020.world import VOID_GIVE_UP_S, World
+from tests.independent020.world import World
 
 pytestmark = pytest.mark.slow
+PATIENCE_S = 8.0
+AT_ONCE = 6
 T = TypeVar("T")
 
 
@@ -52,7 +55,8 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, private_proofs: Path) -> Iterator[World]:
-    found = World(tmp_path_factory.mktemp("world"), private_proofs)
+    # Several play at once: what should succeed must not run out of time on a slow machine.
+    found = World(tmp_path_factory.mktemp("world"), private_proofs, request_timeout_s=PATIENCE_S)
     try:
         yield found
     finally:
@@ -67,17 +71,18 @@ def begun(world: World) -> dict[str, asyncio.Future[None]]:
 
 @pytest.fixture(scope="module")
 def played(world: World, begun: object) -> dict[str, asyncio.Future[Outcome]]:
-    """Every trouble of a receiving peer, all at once."""
+    """Every trouble of a receiving peer, some at a time."""
+    room = asyncio.Semaphore(AT_ONCE)
 
-    async def play(index: int, trouble: str) -> Outcome:
-        await asyncio.sleep(0.05 * index)
+    async def play(trouble: str) -> Outcome:
         target = "near-" + "".join(letter if letter.isalnum() else "-" for letter in trouble)
         world.near.plans[target] = TROUBLES[trouble][0]()
-        status, keys = await world.enc("own-a", target, number=3)
+        async with room:
+            status, keys = await world.enc("own-a", target, number=3)
         await world.settled(world.near, target)
         return Outcome(Names.of("own-a", target), status, keys)
 
-    return {trouble: world.start(play(index, trouble)) for index, trouble in enumerate(TROUBLES)}
+    return {trouble: world.start(play(trouble)) for trouble in TROUBLES}
 
 
 # --- keymesh hands keys over ---------------------------------------------------------------------------
@@ -250,9 +255,10 @@ def test_a_request_that_comes_again_changes_nothing(world: World) -> None:
         assert {answer.status for answer in answers} == {202}
         await world.lent(world.near, values, RELAYED)
         await world.check_inbound(world.near, names)
-        late = await world.near.post(m.KEYS, document)
-        assert late.status in (202, 503)
-        await asyncio.sleep(0.3)
+        # The bytes are gone here; a keyed hash tells that they are the same.
+        said = len(world.near.heard(m.ACK, names.initiator))
+        assert (await world.near.post(m.KEYS, document)).status == 202
+        await until(lambda: len(world.near.heard(m.ACK, names.initiator)) > said)
         for one in values:
             assert (await world.dec("own-b", names.initiator, one))[0] == 400
 
@@ -703,9 +709,9 @@ async def one_target_of_several_without_an_ack_and_nobody_keeps_the_key(world: W
 
 @long
 async def an_answer_that_does_not_come_in_time_leaves_no_key_at_one_end(world: World) -> None:
-    world.near.plans["near-hang"] = Plan(keys=repeat(Reply(wait_s=6.0)), say=silent)
+    world.near.plans["near-hang"] = Plan(keys=repeat(Reply(wait_s=PATIENCE_S + 2)), say=silent)
     assert await world.enc("own-a", "near-hang", number=2) == (503, {})
-    await until(lambda: {key.state for key in world.near.of("near-hang").values()} == {VOIDED}, timeout_s=20)
+    await until(lambda: {key.state for key in world.near.of("near-hang").values()} == {VOIDED}, timeout_s=60)
 
 
 @long
@@ -720,7 +726,10 @@ async def a_peer_that_cannot_void_is_asked_for_a_while_and_then_no_more(world: W
 
     world.near.plans["near-stubborn"] = Plan(say=silent, say_void=refuse)
     assert await world.enc("own-a", "near-stubborn") == (503, {})
-    await asyncio.sleep(VOID_GIVE_UP_S + 1)
+    given_up = re.compile(r'^keymesh_border_keys\{[^}]*near-kme[^}]*"unresolved"[^}]*\} 1\.0$', re.MULTILINE)
+    async with asyncio.timeout(120):
+        while not given_up.search(await asyncio.to_thread(world.site.metrics, "node")):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(1)
     asked = len(world.near.heard(m.VOID, "near-stubborn"))
     assert asked > 3
     await asyncio.sleep(2)
@@ -733,7 +742,7 @@ async def an_ack_that_never_arrives_ends_in_a_void(world: World) -> None:
     world.near.plans[names.initiator] = Plan(acks=repeat(Reply(503, is_heeded=False)))
     values = fresh(2)
     await world.near.hand_over(names, values)
-    await until(lambda: world.near.heard(m.VOID, names.initiator), timeout_s=20)
+    await until(lambda: world.near.heard(m.VOID, names.initiator), timeout_s=60)
     world.near.plans[names.initiator] = Plan()
     await world.lent(world.near, values, VOIDED)
     await world.check_inbound(world.near, names)

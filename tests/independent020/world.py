@@ -33,9 +33,10 @@ class World:
     Args:
         directory: for files.
         proofs: a folder on tmpfs.
+        request_timeout_s: how long applications of the site wait for keys.
     """
 
-    def __init__(self, directory: Path, proofs: Path) -> None:
+    def __init__(self, directory: Path, proofs: Path, *, request_timeout_s: float = 4.0) -> None:
         self.directory = directory
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="peers", daemon=True)
@@ -62,6 +63,7 @@ class World:
             proofs=proofs,
             neighbours=neighbours,
             border={"ack_give_up_s": 4.0, "void_give_up_s": VOID_GIVE_UP_S, "void_repeat_s": 0.5},
+            request_timeout_s=request_timeout_s,
         )
         self.run(self._join(sockets))
         self.site.start()
@@ -90,7 +92,7 @@ class World:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs on the peers' loop and waits."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(170)
 
     def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
         """Runs on the peers' loop, now; fetch the result with ``run(wait(...))``."""
@@ -148,7 +150,7 @@ class World:
             files = self.site.saes[sae]
             context = client_context(Papers(files.cert, files.key), self.site.roots["gateway"])
             self._sessions[sae] = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=context, limit=0), timeout=aiohttp.ClientTimeout(total=20)
+                connector=aiohttp.TCPConnector(ssl=context, limit=0), timeout=aiohttp.ClientTimeout(total=30)
             )
         return self._sessions[sae]
 
@@ -176,7 +178,7 @@ class World:
 
     # what must hold in the end
 
-    async def settled(self, kms: Kms, *saes: str, timeout_s: float = 12.0) -> None:
+    async def settled(self, kms: Kms, *saes: str, timeout_s: float = 40.0) -> None:
         """Nothing is under way about keys for these SAEs of a peer, and nothing more is said."""
         heard, quiet = -1, 0
         async with asyncio.timeout(timeout_s):

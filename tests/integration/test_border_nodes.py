@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,8 +183,8 @@ async def test_a_request_that_comes_again_says_where_its_results_go(domains: Two
 async def test_several_gateways_perform_each_request_once_and_take_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(board, "LEASE_S", 0.5)
     both = TwoDomains(tmp_path, can_changes={"gateways": frozenset({"gw", "gw2"})})
+    both.can.configs["can-x"] = replace(both.can.configs["can-x"], request_timeout_s=60.0)
     await both.start()
     try:
         first = both.couriers["can-z"]
@@ -197,6 +198,7 @@ async def test_several_gateways_perform_each_request_once_and_take_over(
         await asyncio.gather(*(both.can.get("can-a", "uk-b") for _ in range(12)))
         assert len(both.couriers["can-z"].log) + len(second.log) == 12
         # One dies with a request in its hands; its lease ends, and the other performs it.
+        monkeypatch.setattr(board, "LEASE_S", 1.0)
         hung = asyncio.Event()
 
         async def hang(job: LeasedJob) -> int | None:
