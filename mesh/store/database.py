@@ -27,7 +27,7 @@ SIDE_NAMES = ("state.db-wal", "state.db-journal", "state.db-shm")
 
 _NEXT_STEP = (
     "do not restore a copy of it; move the directory away, start with an empty one, and reset every link "
-    "at its peer (keymesh admin reset-link)"
+    "at its peer (keymesh links reset PEER --confirm PEER)"
 )
 
 _PRAGMAS = (

@@ -227,7 +227,8 @@ class PadFiles:
     def _lost(self, name: str, what: str) -> MeshError:
         return IntegrityError(
             f"a pad file {what}: something other than this node has changed the data directory; move it "
-            "away, start with an empty one, and reset every link at its peer (keymesh admin reset-link)",
+            "away, start with an empty one, and reset every link at its peer "
+            "(keymesh links reset PEER --confirm PEER)",
             reason=ErrorReason.STATE_CORRUPT,
             facts={"path": self._path / name},
         )

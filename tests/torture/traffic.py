@@ -242,22 +242,26 @@ class Traffic:
 
 
 def wait_until_healed(lab: Mapping[str, Any], history: History, *, timeout_s: float, seed: int = 0) -> float:
-    """Ask for a key over every pair of SAEs, in both directions, until all pairs work in one round.
+    """Ask for a key over every pair of SAEs, in both directions, until each pair has worked.
 
     Returns:
         Seconds that took.
 
     Raises:
-        TimeoutError: names the pairs that do not work.
+        TimeoutError: names the pairs that do not work. Nobody is asked after ``timeout_s``.
     """
     began_s = time.monotonic()
     caller = Caller(lab, history, random.Random(seed))
     waiting = list(itertools.permutations((sae["id"] for sae in lab["saes"]), 2))
     try:
         while waiting:
-            failed = [pair for pair in waiting if not caller.get(*pair, fetches=True)]
-            if failed and time.monotonic() - began_s > timeout_s:
-                raise TimeoutError(f"after {timeout_s:.0f} s no keys for {failed}")
+            failed = []
+            for index, pair in enumerate(waiting, 1):
+                if not caller.get(*pair, fetches=True):
+                    failed.append(pair)
+                left = failed + waiting[index:]
+                if left and time.monotonic() - began_s > timeout_s:
+                    raise TimeoutError(f"after {timeout_s:.0f} s no keys for {left}")
             if failed:
                 time.sleep(0.3)
             waiting = failed

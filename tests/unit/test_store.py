@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from mesh.cli import build_parser
 from mesh.errors import CallerError, ConfigError, ErrorReason, IntegrityError, ShortageError, UnavailableError
 from mesh.store import failpoints, schema
 from mesh.store.files import File, OsFile, OsFiles
@@ -328,7 +330,9 @@ def test_damage_is_refused_with_the_operators_next_step(
     with pytest.raises(IntegrityError) as refused:
         open_store()
     assert refused.value.reason is ErrorReason.STATE_CORRUPT
-    assert "keymesh admin reset-link" in refused.value.message
+    command = re.search(r"\(keymesh (.*)\)", refused.value.message)
+    assert command is not None
+    assert build_parser("links").parse_args(command[1].split()).peer == "PEER"
     assert str(tmp_path) in str(refused.value.facts["path"])
 
 
