@@ -21,7 +21,7 @@ from gateway.identity import Caller, load_mapper, read_certificate
 from gateway.port import KeyService
 from gateway.telemetry import Telemetry
 from gateway.tracing import traced
-from mesh.client import ConfigError
+from mesh.client import ConfigError, UnavailableError
 from mesh.client.border import BorderClient
 from mesh.ops.audit import AuditLog, AuditValue
 from mesh.ops.certificate_expiry import CertificateExpiry, expiry_gauge
@@ -43,6 +43,10 @@ class KeyAudit:
 
     def __init__(self, log: AuditLog) -> None:
         self._log = log
+
+    def check(self) -> None:
+        """See ``gateway.port.AuditTrail``."""
+        self._log.check()
 
     def keys_asked(
         self,
@@ -223,6 +227,10 @@ class Gateway:
     def _readiness(self) -> Sequence[str]:
         if self._listener is None:
             return ["not listening"]
+        try:
+            self._audit_log.check()
+        except UnavailableError as error:
+            return [error.message, *self._missing()]
         return self._missing()
 
     async def _follow_files(self) -> None:

@@ -46,6 +46,14 @@ class KeyService(Protocol):
 class AuditTrail(Protocol):
     """Where it is written who asked for which key_ID, with what result; never key bytes."""
 
+    def check(self) -> None:
+        """Asked before a key is spent.
+
+        Raises:
+            UnavailableError: nothing can be written now; answer 503 and spend nothing.
+        """
+        ...
+
     def keys_asked(
         self,
         *,

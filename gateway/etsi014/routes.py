@@ -57,7 +57,7 @@ class Etsi014:
 
     Args:
         service: the node's key plane.
-        audit: told about every key_ID before the answer leaves.
+        audit: told about every key_ID before the answer leaves, and asked before one is spent.
         profile: switches away from the standard.
         timeout_s: deadline of all calls to the service for one request.
     """
@@ -129,6 +129,7 @@ class Etsi014:
             )
         grades = _accepted_grades(wanted)
         wants_report = bool(grades) or any(name == GRADE_EXTENSION for name, _ in wanted.optional)
+        self._audit.check()
         key_ids: list[str] = []
         result = "failed"
         deadline_s = monotonic() + self._timeout_s
@@ -182,6 +183,7 @@ class Etsi014:
         else:
             refuse_body_parameters(query)
             key_ids = decode_key_ids(await read_json(request))
+        self._audit.check()
         result = "failed"
         try:
             delivered = await self._service.get_keys_by_id(

@@ -281,6 +281,7 @@ class Node:
         self.alarms = Alarms(gauge=self.metrics.alarm_gauge)
         self.started_at_s = time.time()
         self.is_stopping = False
+        self.audit: AuditLog | None = None
         self.incarnation = secrets.token_bytes(16)
 
     @classmethod
@@ -454,10 +455,9 @@ class Node:
 
     def _build_server(self, files: TlsFiles, stack: contextlib.AsyncExitStack) -> None:
         config = self.config
-        audit = None
         if config.audit_log is not None:
-            audit = AuditLog(Path(config.audit_log))
-            stack.callback(audit.close)
+            self.audit = AuditLog(Path(config.audit_log))
+            stack.callback(self.audit.close)
         self.server = RpcServer(self.identity, files, metrics=self.metrics)
         self._admit_batch = self.server.admission("/mesh.v1.KeyDelivery/Deliver")
         self.psrd = PsrdDesk(self.links.links, self.tasks.spawn)
@@ -469,7 +469,7 @@ class Node:
                     plane,
                     staleness_s=self.directory.staleness_s,
                     admit=self._admit_gateway,
-                    audit=None if audit is None else audit.record_all,
+                    audit=self.audit,
                     readmit=self._readmit,
                 ),
             )
@@ -480,7 +480,7 @@ class Node:
                     BorderService(
                         plane.border,
                         caller_id=lambda: caller().id,
-                        audit=None if audit is None else audit.record_all,
+                        audit=self.audit,
                     ),
                 )
         self.server.add(
@@ -581,11 +581,17 @@ class Node:
     def missing(self) -> Sequence[str]:
         """What keeps the node from serving; empty when it is ready."""
         stopped_by = self._stopped_by()
-        return missing_for_service(
+        missing = missing_for_service(
             self.directory,
             stopped_by="" if stopped_by is None else stopped_by.message,
             is_stopping=self.is_stopping,
         )
+        try:
+            if self.audit is not None:
+                self.audit.check()
+        except UnavailableError as error:
+            return [*missing, error.message]
+        return missing
 
     def status(self) -> NodeStatus:
         """The node's own facts for operators."""

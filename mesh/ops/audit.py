@@ -26,6 +26,9 @@ from mesh.ops.logging import request_id
 
 _MAX_LINE_BYTES = 65_536
 _CUT_NOTE_BYTES = 64
+#: With less room than this on its disk a log is full: what one batch of calls writes must fit.
+_LEAST_ROOM_BYTES = 1 << 20
+_LOOK_EVERY_S = 1.0
 AuditValue = str | int | float | bool | None | Sequence[str]
 
 
@@ -59,6 +62,8 @@ class AuditLog:
         self._lock = threading.Lock()
         self._encoder = msgspec.json.Encoder()
         self._is_torn = False
+        self._is_doubted = False
+        self._has_room_until_s = 0.0
         self._looked_at_s = -1
         self._second = -1
         self._second_text = ""
@@ -89,6 +94,21 @@ class AuditLog:
         if encoded:
             with self._lock:
                 self._append(encoded)
+
+    def check(self) -> None:
+        """Returns if a line can be written, as far as that can be known: ask before a key is spent.
+
+        Once a second looks for room on the disk. After a line was lost it first writes one of its own,
+        ``audit_resumed``, so that at most what was under way then is spent and not answered.
+
+        Raises:
+            UnavailableError: DISK_FULL, nothing could be recorded now.
+        """
+        if self._is_doubted or time.monotonic() >= self._has_room_until_s:
+            with self._lock:
+                self._look_for_room()
+            if self._is_doubted:
+                self.record("audit_resumed")
 
     def close(self) -> None:
         """Closes the file; recording afterwards fails."""
@@ -122,9 +142,27 @@ class AuditLog:
             line = self._encoder.encode(facts)
         return line
 
-    def _append(self, encoded: bytearray) -> None:
+    def _look_for_room(self) -> None:
+        self._check_open()
+        try:
+            status = os.fstatvfs(self._descriptor)
+        except OSError as exc:
+            raise self._unwritable(exc) from exc
+        room_bytes = (status.f_bavail if os.geteuid() else status.f_bfree) * status.f_frsize
+        if status.f_blocks and room_bytes < _LEAST_ROOM_BYTES:
+            raise UnavailableError(
+                "audit log has no room left; free space",
+                reason=ErrorReason.DISK_FULL,
+                facts={"file": self._path, "free_bytes": room_bytes},
+            )
+        self._has_room_until_s = time.monotonic() + _LOOK_EVERY_S
+
+    def _check_open(self) -> None:
         if self._descriptor < 0:
             raise UnavailableError("audit log is closed", reason=ErrorReason.SHUTTING_DOWN)
+
+    def _append(self, encoded: bytearray) -> None:
+        self._check_open()
         try:
             if self._looked_at_s != self._second:
                 self._looked_at_s = self._second
@@ -135,19 +173,23 @@ class AuditLog:
             data = b"\n" + encoded if self._is_torn else encoded
             written = os.write(self._descriptor, data)
         except OSError as exc:
-            raise UnavailableError(
-                "audit log cannot be written; free space or fix its path",
-                reason=ErrorReason.DISK_FULL,
-                facts={"file": self._path, "cause": exc.strerror},
-            ) from exc
+            self._is_doubted = True
+            raise self._unwritable(exc) from exc
         self._size += written
-        self._is_torn = written < len(data)
+        self._is_torn = self._is_doubted = written < len(data)
         if self._is_torn:
             raise UnavailableError(
                 "audit log was written in part; free space",
                 reason=ErrorReason.DISK_FULL,
                 facts={"file": self._path},
             )
+
+    def _unwritable(self, cause: OSError) -> UnavailableError:
+        return UnavailableError(
+            "audit log cannot be written; free space or fix its path",
+            reason=ErrorReason.DISK_FULL,
+            facts={"file": self._path, "cause": cause.strerror},
+        )
 
     def _follow(self) -> None:
         """Begins a new file if ours is not at its path any more."""

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,6 +143,54 @@ def test_full_disk_fails_the_call_and_the_log_stays_readable(
         monkeypatch.setattr(os, "write", real)
         audit.record("after")
     assert json.loads(path.read_text().splitlines()[-1])["event"] == "after"
+
+
+def test_a_disk_without_room_is_seen_before_a_line_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    room = [0]
+    real = os.fstatvfs
+
+    def fstatvfs(descriptor: int) -> SimpleNamespace:
+        looks.append(descriptor)
+        found = real(descriptor)
+        return SimpleNamespace(f_bavail=room[0], f_bfree=room[0], f_blocks=1 << 20, f_frsize=found.f_frsize)
+
+    monkeypatch.setattr(os, "fstatvfs", fstatvfs)
+    with AuditLog(tmp_path / "audit.log") as audit:
+        for _ in range(2):
+            with pytest.raises(UnavailableError) as caught:
+                audit.check()
+            assert caught.value.reason is ErrorReason.DISK_FULL
+        room[0] = 1 << 20
+        looks.clear()
+        for _ in range(1000):
+            audit.check()
+        assert len(looks) == 1
+    assert not lines(tmp_path / "audit.log")
+
+
+def test_after_a_lost_line_the_log_proves_itself_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "audit.log"
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with AuditLog(path) as audit:
+        audit.check()
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "write", full)
+            with pytest.raises(UnavailableError):
+                audit.record("lost")
+            for _ in range(2):
+                with pytest.raises(UnavailableError):
+                    audit.check()
+        audit.check()
+        audit.check()
+    assert [line["event"] for line in lines(path)] == ["audit_resumed"]
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from mesh.core.border_rules import AckStatus, Association
 from mesh.errors import CallerError
@@ -12,14 +11,13 @@ from mesh.node.border.border import Border, Results
 from mesh.node.border.ports import Ack, Arrival
 from mesh.node.border.posts import STATUS_TO_PROTO, status_from_proto
 from mesh.node.border.routing import Refused
+from mesh.ops.audit import AuditLog, AuditValue
 from mesh.ops.logging import log_soon
 from mesh.rpc.status import failure_from
 from mesh.v1 import border_pb2 as pb
 from mesh.v1.border_pb2_grpc import BorderServicer
 
 _LOG = logging.getLogger("keymesh.border")
-
-Audit = Callable[[str, Sequence[dict[str, Any]]], None]
 
 
 class BorderService(BorderServicer):
@@ -28,10 +26,13 @@ class BorderService(BorderServicer):
     Args:
         border: decides.
         caller_id: id of the gateway that calls.
-        audit: writes who did what with which key_IDs; raising it withholds the answer.
+        audit: takes who did what with which key_IDs; asked before keys are taken, and raising in the end
+            withholds the answer.
     """
 
-    def __init__(self, border: Border, *, caller_id: Callable[[], str], audit: Audit | None = None) -> None:
+    def __init__(
+        self, border: Border, *, caller_id: Callable[[], str], audit: AuditLog | None = None
+    ) -> None:
         self._border = border
         self._caller_id = caller_id
         self._audit = audit
@@ -39,6 +40,8 @@ class BorderService(BorderServicer):
     async def ImportKeys(self, request: pb.ImportKeysRequest, context: object) -> pb.ImportKeysResponse:
         """Keys that a peer hands to us."""
         self._border.check_gateway(self._caller_id())
+        if self._audit is not None:
+            self._audit.check()
         try:
             association = _association(request.association)
             results = await self._border.import_keys(
@@ -116,7 +119,7 @@ class BorderService(BorderServicer):
     ) -> None:
         if self._audit is None:
             return
-        line: dict[str, Any] = {
+        line: dict[str, AuditValue] = {
             "peer": peer,
             "gateway": self._caller_id(),
             "request_id": request.request_id,
@@ -125,7 +128,7 @@ class BorderService(BorderServicer):
             "key_ids": [key.key_id.hex() for key in request.keys],
             "result": "ok" if refused is None else str(refused.facts.get("problem", refused.reason.value)),
         }
-        self._audit(event, [line])
+        self._audit.record_all(event, [line])
 
 
 def _as_refused(error: CallerError) -> CallerError:

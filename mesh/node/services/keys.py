@@ -9,13 +9,12 @@ from mesh.core.keyid import text_of
 from mesh.errors import CallerError, ErrorReason, MeshError
 from mesh.node.keyplane import Delivered, KeyPlane
 from mesh.node.services.streamed import StreamedDelivery
+from mesh.ops.audit import AuditLog, AuditValue
 from mesh.ops.tracing import batch
 from mesh.rpc.status import failure_from
 from mesh.v1 import keys_pb2 as pb
 
 MAX_BATCH = 256
-
-Audit = Callable[[str, Sequence[dict[str, Any]]], None]
 
 
 class Timed(Protocol):
@@ -34,7 +33,8 @@ class KeyDeliveryService(StreamedDelivery):
         staleness_s: age of what the directory said, in seconds.
         admit: the SAEs that the calling gateway speaks for, None for all; raises if it is none of this
             node's (protocol 5.2).
-        audit: writes one line per element (who, pair, key_IDs, result); raising it withholds the answer.
+        audit: takes one line per element (who, pair, key_IDs, result); asked first, so that no key is spent
+            that cannot be recorded, and raising in the end withholds the answer.
         readmit: asked for each batch of a stream whether its caller may still call; raises if not.
     """
 
@@ -44,7 +44,7 @@ class KeyDeliveryService(StreamedDelivery):
         *,
         staleness_s: Callable[[], float],
         admit: Callable[[], Sequence[str] | None],
-        audit: Audit | None = None,
+        audit: AuditLog | None = None,
         readmit: Callable[[Any], None] | None = None,
     ) -> None:
         self._plane = plane
@@ -62,11 +62,11 @@ class KeyDeliveryService(StreamedDelivery):
     async def GetKeys(self, request: pb.GetKeysRequest, context: Timed | None) -> pb.GetKeysResponse:
         """Draws keys for masters."""
         saes = self._admit()
-        _check_batch(len(request.requests))
+        self._check_batch(len(request.requests))
         with batch("draw", request.requests):
             results = await self._plane.get_keys(request.requests, timeout_s=_left_s(context), saes=saes)
         if self._audit is not None:
-            self._audit(
+            self._audit.record_all(
                 "keys_drawn",
                 [
                     _line(one.master_sae_id, one.slave_sae_id, one.request_id, result)
@@ -80,13 +80,13 @@ class KeyDeliveryService(StreamedDelivery):
     ) -> pb.GetKeysByIdResponse:
         """Redeems keys for slaves."""
         saes = self._admit()
-        _check_batch(len(request.requests))
+        self._check_batch(len(request.requests))
         with batch("redeem", request.requests):
             results = await self._plane.get_keys_by_id(
                 request.requests, timeout_s=_left_s(context), saes=saes
             )
         if self._audit is not None:
-            self._audit(
+            self._audit.record_all(
                 "keys_redeemed",
                 [
                     _line(one.master_sae_id, one.slave_sae_id, one.request_id, result)
@@ -101,18 +101,19 @@ class KeyDeliveryService(StreamedDelivery):
         async for level in self._plane.watch_levels(request.peer_kme_id):
             yield level
 
+    def _check_batch(self, size: int) -> None:
+        if size > MAX_BATCH:
+            raise CallerError(
+                "too many requests in one batch",
+                reason=ErrorReason.LIMIT_EXCEEDED,
+                facts={"field": "requests", "at_most": MAX_BATCH},
+            )
+        if self._audit is not None:
+            self._audit.check()
+
 
 def _left_s(context: Timed | None) -> float | None:
     return None if context is None else context.time_remaining()
-
-
-def _check_batch(size: int) -> None:
-    if size > MAX_BATCH:
-        raise CallerError(
-            "too many requests in one batch",
-            reason=ErrorReason.LIMIT_EXCEEDED,
-            facts={"field": "requests", "at_most": MAX_BATCH},
-        )
 
 
 def _encoded(result: Delivered) -> pb.KeyResult:
@@ -126,8 +127,8 @@ def _encoded(result: Delivered) -> pb.KeyResult:
     return encoded
 
 
-def _line(master: str, slave: str, request_id: str, result: Delivered) -> dict[str, Any]:
-    line: dict[str, Any] = {"master": master, "slave": slave, "request_id": request_id}
+def _line(master: str, slave: str, request_id: str, result: Delivered) -> dict[str, AuditValue]:
+    line: dict[str, AuditValue] = {"master": master, "slave": slave, "request_id": request_id}
     if isinstance(result, MeshError):
         line["result"] = result.reason.value
     else:
