@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from mesh.core.border_rules import AckStatus, Association
+from mesh.core.border_rules import AckStatus, Association, Peer
 from mesh.errors import ErrorReason, MeshError, ShortageError
 from mesh.node.border import border as border_module
 from mesh.node.border.ports import Arrival
 from mesh.node.border.routing import Refused
 from mesh.v1.border_pb2 import LeasedJob
-from tests.fakes.border_network import CAN_URL, THIRD_URL, TwoDomains
+from tests.fakes.border_network import CAN_URL, THIRD_URL, UK_URL, TwoDomains
 from tests.fakes.key_network import until
 
 PAIR = Association("can-a", ("uk-b",))
@@ -193,6 +193,26 @@ async def test_keys_of_a_peer_that_is_not_configured_any_more_are_given_up_with_
         await until(lambda: both.states("can-z") == {"out:unresolved": 1}, timeout_s=30)
         await asyncio.gather(asking, return_exceptions=True)
         assert both.can.sites["can-z"].alarms.is_open("border/uk-x/void")
+
+
+async def test_prefixes_that_cover_our_own_saes_are_reported(tmp_path: Path) -> None:
+    both = TwoDomains(tmp_path)
+    border = both.can.configs["can-z"].border
+    assert border is not None
+    wide = replace(border, peers=(Peer("uk-x", UK_URL, ("uk-", "can-")), *border.peers[1:]))
+    both.can.configs["can-z"] = replace(both.can.configs["can-z"], border=wide)
+    await both.start()
+    try:
+        alarms = both.can.sites["can-z"].alarms
+        await until(lambda: alarms.is_open("border/uk-x/prefixes"))
+        assert not alarms.is_open("border/third-p/prefixes")
+        # It is not heard for them in any case.
+        with pytest.raises(Refused):
+            await both.border("can-z").import_keys(
+                "uk-x", Association("can-a", ("can-b",)), [fresh()], callback=UK_URL + "/x", extension=b""
+            )
+    finally:
+        await both.stop()
 
 
 async def test_the_borders_upkeep_survives_what_nobody_expected(

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 from mesh.core.border import Inbound, Outbound, OutboundEvent
 from mesh.core.border_rules import AckStatus, Association, BorderConfig, Problem
+from mesh.core.network import NetworkDocument
 from mesh.errors import MeshError, NotAuthorizedError
 from mesh.node.border.calls import Calls
 from mesh.node.border.exchanges import Exchanges
@@ -94,6 +95,8 @@ class Border:
         self._tasks = tasks
         self._owner = owner
         self._watches: dict[str, list[_Watch]] = {}
+        self._checked: NetworkDocument | None = None
+        self._forget_at_s = 0.0
         self._routing = Routing(
             around.own_id, config=config, document=document, routes=routes, has_material=has_material
         )
@@ -144,20 +147,34 @@ class Border:
         await self._run(change)
 
     async def _sweep(self) -> None:
-        forget_at_s = self._around.monotonic_s() + _FORGET_EVERY_S
         while True:
             await asyncio.sleep(_SWEEP_EVERY_S)
-            try:
-                await self._posts.sweep()
-                await self._end_overdue_carries()
-                if self._around.monotonic_s() >= forget_at_s:
-                    forget_at_s = self._around.monotonic_s() + _FORGET_EVERY_S
-                    await self._forget()
-            except MeshError as exc:
-                _LOG.warning("border upkeep failed", extra={"cause": str(exc)})
-            except Exception:  # noqa: BLE001 - the next round may do better
-                # Leases would not end any more, nor anything else that waits for its time.
-                _LOG.exception("border upkeep failed")
+            for step in (self._posts.sweep, self._end_overdue_carries, self._check_prefixes, self._forget):
+                try:
+                    await step()
+                except MeshError as exc:
+                    _LOG.warning("border upkeep failed", extra={"cause": str(exc)})
+                except Exception:  # noqa: BLE001 - the other steps, and the next round, must go on
+                    _LOG.exception("border upkeep failed")
+
+    async def _check_prefixes(self) -> None:
+        """Peers' prefixes must not cover our own SAEs (protocol 6.1): they would never be heard for them."""
+        document = self._document()
+        if document is self._checked:
+            return
+        self._checked = document
+        for peer in self.config.peers:
+            alarm_id = f"border/{peer.kme_id}/prefixes"
+            covered = next((sae for sae in document.saes if peer.serves(sae)), None)
+            if covered is None:
+                self._around.alarms.clear(alarm_id)
+                continue
+            self._around.alarms.raise_alarm(
+                alarm_id,
+                "warning",
+                f"prefixes of {peer.kme_id} cover {covered}, which is homed here; it is not heard for it",
+                "narrow border.peers[].prefixes, or rename that SAE",
+            )
 
     async def _end_overdue_carries(self) -> None:
         now_ms = int(self._around.now_s() * 1000)
@@ -168,6 +185,9 @@ class Border:
             await self._run(lambda ledger: ledger.end_carries([one.exchange_id for one in overdue]))
 
     async def _forget(self) -> None:
+        if self._around.monotonic_s() < self._forget_at_s:
+            return
+        self._forget_at_s = self._around.monotonic_s() + _FORGET_EVERY_S
         before_s = int(self._around.now_s() - self.config.keep_s)
         for peer in {peer for _, peer, _ in self.counts()}:
 
