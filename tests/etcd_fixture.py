@@ -102,9 +102,9 @@ class EtcdCluster:
         """Ends ``freeze``."""
         self._signal(index, signal.SIGCONT)
 
-    async def wait_ready(self, *, user: str | None = None) -> None:
-        """Waits until a range call succeeds."""
-        client = self.client(user)
+    async def wait_ready(self, *, user: str | None = None, index: int | None = None) -> None:
+        """Waits until a range call succeeds; at a member: it has then caught up with the others."""
+        client = self.client(user, endpoints=None if index is None else [self.members[index].endpoint])
         async with asyncio.timeout(START_S):
             while True:
                 try:
@@ -178,7 +178,7 @@ async def running_etcd(
         await cluster.close()
 
 
-async def eventually(predicate: Callable[[], bool], within_s: float = 40.0) -> None:
+async def eventually(predicate: Callable[[], bool], within_s: float = 60.0) -> None:
     """Waits until ``predicate`` holds."""
     async with asyncio.timeout(within_s):
         while not predicate():  # noqa: ASYNC110 - what is waited for has no event

@@ -77,7 +77,7 @@ class Stack:
 
 
 @pytest.fixture(
-    scope="session", params=["fake", pytest.param("real", marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+    scope="session", params=["fake", pytest.param("real", marks=[pytest.mark.slow, pytest.mark.timeout(500)])]
 )
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The system under test, once per session and kind."""

@@ -78,7 +78,7 @@ async def test_a_higher_serial_is_taken_up_and_listeners_hear_of_it(world: World
     heard = asyncio.Event()
     end = world.directory.subscribe(heard.set)
     await world.put_document(signed(2, home="kme-b"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await heard.wait()
     end()
     await eventually(lambda: world.directory.document is not None and world.directory.document.serial == 2)

@@ -13,7 +13,7 @@ from mesh.store.failpoints import ALL
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_kills_at_every_durable_step_lose_double_and_reuse_nothing(tmp_path: Path) -> None:
     """Keys, key_IDs, slots and pad bytes of all lives are held against each other."""
     command = [sys.executable, "-m", "tests.torture.lives", "--kills", "24", "--seed", "5"]

@@ -19,7 +19,7 @@ from tests.torture.leaks import KeySearch, search_files
 from tests.torture.pads import audit_pads
 from tests.torture.traffic import Caller, Traffic, wait_until_healed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 HIGH_WATER_BYTES = 131_072
 FIRST, MIDDLE, LAST = "can-site-x", "can-site-y", "can-site-z"
 HEAL_TIMEOUT_S = 60.0

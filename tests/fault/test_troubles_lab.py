@@ -33,7 +33,7 @@ from tests.torture.lab import KEYMESH, LabUnderTest, pid_of, write_network
 from tests.torture.pads import audit_pads
 from tests.torture.traffic import wait_until_healed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 X, Y, Z = "can-site-x", "can-site-y", "can-site-z"
 HIGH_WATER_BYTES = 65_536
 POOL = {"pool_max_bytes": 4 << 20, "initial_bytes": 8 << 20}

@@ -17,7 +17,7 @@ from mesh.errors import ConfigError, MeshError
 from mesh.pki.authority import CredentialFiles, Pki
 from tests.etcd_fixture import DOMAIN, EtcdCluster, eventually, running_etcd
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
@@ -32,7 +32,7 @@ def tls_of(etcd: EtcdCluster, name: str) -> EtcdTls:
 
 
 def as_client(etcd: EtcdCluster, name: str) -> EtcdClient:
-    return EtcdClient(etcd.endpoints, tls=tls_of(etcd, name), timeout_s=2.0, heartbeat_s=0.5)
+    return EtcdClient(etcd.endpoints, tls=tls_of(etcd, name), timeout_s=10.0, heartbeat_s=2.0)
 
 
 async def set_up(etcd: EtcdCluster, *members: str) -> None:
@@ -69,7 +69,7 @@ async def test_members_need_their_certificate_only_and_write_their_own_entries_o
         wrong = EtcdTls(right.ca, stranger.cert.read_bytes(), stranger.key.read_bytes())
         replaced: list[EtcdTls] = []  # a certificate that is refused, until its file is replaced
         async with EtcdClient(
-            etcd.endpoints, tls=wrong, timeout_s=1.0, renew=lambda: replaced[0] if replaced else None
+            etcd.endpoints, tls=wrong, timeout_s=5.0, renew=lambda: replaced[0] if replaced else None
         ) as client:
             with pytest.raises(MeshError):
                 await client.put(domain_prefix(DOMAIN) + b"nodes/kme-a", b"new")

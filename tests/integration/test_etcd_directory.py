@@ -19,7 +19,7 @@ from mesh.directory.tool import publish_file
 from mesh.errors import ConfigError, ErrorReason, MeshError
 from tests.etcd_fixture import DOMAIN, OPERATOR, PASSWORD, EtcdCluster, eventually, running_etcd
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 STRANGER = Ed25519PrivateKey.from_private_bytes(bytes(32))
@@ -102,7 +102,7 @@ async def test_a_copy_that_withdraws_gives_the_original_its_place_back(tmp_path:
 async def test_a_node_that_died_disappears_when_its_lease_ends(tmp_path: Path) -> None:
     async with running_etcd(tmp_path) as etcd, directory(etcd, "kme-a") as a:
         other = etcd.client("kme-b")
-        lease = await other.grant(LEASE_S)
+        lease = await other.grant(2 * LEASE_S)
         await other.put(
             domain_prefix(DOMAIN) + b"nodes/kme-b", b'{"kme_id":"kme-b","address":"h:1"}', lease=lease
         )
@@ -110,30 +110,44 @@ async def test_a_node_that_died_disappears_when_its_lease_ends(tmp_path: Path) -
         await eventually(lambda: "kme-b" not in a.peers())
 
 
-async def test_records_outlive_their_lease_time_while_the_node_lives(tmp_path: Path) -> None:
+async def test_records_outlive_their_lease_time_while_the_node_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with (
         running_etcd(tmp_path) as etcd,
         directory(etcd, "kme-a") as a,
-        directory(etcd, "kme-b", lease_s=3) as b,
+        directory(etcd, "kme-b", lease_s=6) as b,
     ):
+        renewals: list[int] = []
+        keep_alive = b._client.keep_alive
+
+        async def counted(lease: int) -> int:
+            renewals.append(await keep_alive(lease))
+            return renewals[-1]
+
+        monkeypatch.setattr(b._client, "keep_alive", counted)
         await b.publish_node(record("kme-b"))
         await eventually(lambda: "kme-b" in a.peers())
         gone: list[bool] = []
         a.subscribe(lambda: gone.append("kme-b" not in a.peers()))
-        await asyncio.sleep(8)
+        await eventually(lambda: len(renewals) == 4)  # three in the time of a lease
+        assert all(renewals)
         assert not any(gone)
         assert "kme-b" in a.peers()
 
 
 async def test_etcd_away_the_nodes_go_on_with_what_they_knew_and_say_how_old_it_is(tmp_path: Path) -> None:
-    async with running_etcd(tmp_path) as etcd, directory(etcd, "kme-a") as a, directory(etcd, "kme-b") as b:
+    async with (
+        running_etcd(tmp_path) as etcd,
+        directory(etcd, "kme-a") as a,
+        directory(etcd, "kme-b", lease_s=60) as b,
+    ):
         await publish_document(etcd.client(OPERATOR), signed(1))
         await b.publish_node(record("kme-b", 1002))
         await eventually(lambda: a.address("kme-b") is not None and serial(a) == 1)
         await eventually(lambda: a.staleness_s() < 2)
         etcd.kill()
-        await asyncio.sleep(2.5)
-        assert a.staleness_s() > 2
+        await eventually(lambda: a.staleness_s() > 2)
         assert a.address("kme-b") == "127.0.0.1:1002"
         assert "kme-b" in a.peers()
         assert serial(a) == 1
@@ -245,8 +259,7 @@ async def test_a_lost_member_is_left_for_another(tmp_path: Path) -> None:
             await b.publish_node(record("kme-b", 2000 + index))
             await eventually(lambda index=index: a.address("kme-b") == f"127.0.0.1:{2000 + index}")  # type: ignore[misc]
             etcd.start(index)
-            await etcd.wait_ready(user=OPERATOR)
-            await asyncio.sleep(1.0)  # the member catches up before the next one goes
+            await etcd.wait_ready(user=OPERATOR, index=index)  # it catches up before the next one goes
 
 
 async def test_a_member_that_hangs_is_left_for_another(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mesh.lab.encryptor import Encryptor, RefusedError
 from mesh.lab.ready import encryptor
 from mesh.lab.traffic import run_traffic
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 KEYMESH = [sys.executable, "-m", "mesh.cli"]
 
 

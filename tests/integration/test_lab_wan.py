@@ -14,7 +14,7 @@ from mesh.lab.encryptor import RefusedError
 from mesh.lab.networks import load_lab
 from mesh.lab.ready import encryptor
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 ONE_WAY_MS = 20.0
 NETWORK = f"""
 name: ocean
