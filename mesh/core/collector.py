@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from mesh.core import sharing
+from mesh.core.search import Search
 from mesh.core.sharing import Blame
 from mesh.core.transfer import TransferHeader, TransferId, transfer_tag
 
 _Key = tuple[bytes, bytes]
+
+#: Share bytes combined at one go: some 20 ms.
+_SLICE_BYTES = 4 << 20
 
 
 class Verdict(Enum):
@@ -69,7 +73,8 @@ class _Pending:
     Attributes:
         shares: by route; emptied once verified and over the bound on checked bytes.
         links: the link that each route's share came on; also of shares that were let go.
-        used: share indices of the subset that verified; empty before.
+        search: for the subset that verifies; None once found.
+        used: its share indices; empty before.
         blame: who was named last.
     """
 
@@ -77,10 +82,16 @@ class _Pending:
     encoded: bytes
     tag: bytes
     drop_at_s: float
+    search: Search | None
     shares: dict[int, bytes] = field(default_factory=dict)
     links: dict[int, str] = field(default_factory=dict)
     used: tuple[int, ...] = ()
     blame: Blame = field(default_factory=Blame)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether there is nothing to try among the shares that came."""
+        return self.search is None or self.search.is_over
 
     @property
     def is_complete(self) -> bool:
@@ -127,9 +138,22 @@ class Collector:
         self._checked: OrderedDict[_Key, int] = OrderedDict()
         self._checked_bytes = 0
         self._light: OrderedDict[_Key, None] = OrderedDict()
+        self._searching: dict[_Key, int] = {}
 
     def __len__(self) -> int:
         return len(self._pending)
+
+    @property
+    def is_searching(self) -> bool:
+        """Whether :meth:`work` has something to do."""
+        return bool(self._searching)
+
+    def work(self) -> list[Outcome]:
+        """Goes on, for a slice of time, with what ``add`` could not finish; keys on demand first."""
+        if not self._searching:
+            return []
+        key = min(self._searching, key=self._searching.__getitem__)
+        return self._advance(key, self._pending[key])
 
     def pending(self, transfer: TransferId, tag: bytes) -> tuple[int, ...] | None:
         """The routes whose shares are here while no k of them fit; None if that is not the state."""
@@ -151,7 +175,8 @@ class Collector:
         """Takes one share that passed ``check_hop`` and ``check_target``.
 
         Shares of one transfer whose headers or tags differ are kept apart, so a liar cannot spoil
-        the honest group. A second share for the same route or over the same link is ignored.
+        the honest group. A second share for the same route or over the same link is ignored. Where
+        many subsets have to be tried, call ``work`` while ``is_searching``.
         """
         if header.grade.n == 1:
             if transfer_tag(encoded, share) == tag:
@@ -160,25 +185,22 @@ class Collector:
         key = (encoded, tag)
         entry = self._pending.get(key)
         if entry is None:
-            entry = self._pending[key] = _Pending(header, encoded, tag, now_s + self._keep_s)
+            search = Search(
+                header.grade.k,
+                lambda secret: transfer_tag(encoded, secret) == tag,
+                randomness=self._randomness,
+            )
+            entry = self._pending[key] = _Pending(header, encoded, tag, now_s + self._keep_s, search)
             self._by_transfer.setdefault(header.transfer, []).append(key)
         if route in entry.links or came_from in entry.links.values():
             return []
         entry.links[route] = came_from
-        if entry.used and not entry.shares:
-            outcomes: list[Outcome] = []
-        else:
+        if entry.search is not None or entry.shares:
             entry.shares[route] = share
             self._account(key, route, came_from, len(share))
-            outcomes = self._compare(entry) if entry.used else self._search(key, entry)
-        if entry.is_complete and key in self._pending:
-            if not entry.used:
-                outcomes += [
-                    Failed(header, entry.tag),
-                    Named(header, Verdict.SUSPECTED, tuple(sorted(entry.links))),
-                ]
-            self._drop(key)
-        return outcomes
+        if entry.search is not None:
+            entry.search.add(route + 1, share)
+        return self._advance(key, entry)
 
     def expire(self, now_s: float) -> list[Outcome]:
         """Drops every transfer that waited too long, naming routes where k shares came.
@@ -196,24 +218,26 @@ class Collector:
 
     # judging
 
-    def _search(self, key: _Key, entry: _Pending) -> list[Outcome]:
+    def _advance(self, key: _Key, entry: _Pending) -> list[Outcome]:
+        """A slice of work on the shares so far; what they say, and the end when all of them are here."""
+        outcomes = self._compare(entry) if entry.search is None else self._search(key, entry, entry.search)
+        if entry.is_complete and entry.is_searched and key in self._pending:
+            if not entry.used:
+                outcomes += self._failed(entry)
+            self._drop(key)
+        return outcomes
+
+    def _search(self, key: _Key, entry: _Pending, search: Search) -> list[Outcome]:
         """Whether the shares so far hold a secret that fits."""
-        header = entry.header
-        if len(entry.shares) < header.grade.k:
-            return []
-        indexed = entry.indexed()
-        found = sharing.find_secret(
-            indexed,
-            header.grade.k,
-            lambda secret: transfer_tag(entry.encoded, secret) == entry.tag,
-            order=list(indexed),
-            including=next(reversed(indexed)),
-            randomness=self._randomness,
-        )
+        found = search.run(_SLICE_BYTES)
+        self._searching.pop(key, None)
         if found is None:
+            if not search.is_over:
+                self._searching[key] = entry.header.length_bytes
             return []
-        entry.used = found.used
-        outcomes = [Verified(header, entry.tag, found.secret), *self._blamed(entry, found.blame)]
+        entry.search, entry.used = None, found.used
+        blame = sharing.blame(entry.indexed(), entry.header.grade.k, entry.used, randomness=self._randomness)
+        outcomes = [Verified(entry.header, entry.tag, found.secret), *self._blamed(entry, blame)]
         if not entry.is_complete:
             outcomes += self._keep_checked(key, entry)
         return outcomes
@@ -233,8 +257,10 @@ class Collector:
         return outcomes
 
     def _compare(self, entry: _Pending) -> list[Outcome]:
-        """A share came after the secret had verified."""
+        """A share came after the secret had verified; unjudged if those before it were let go."""
         indexed = entry.indexed()
+        if not indexed:
+            return []
         late = next(reversed(indexed))
         expected = sharing.evaluate({x: indexed[x] for x in entry.used}, late)
         if expected == indexed[late] and not entry.blame.named:
@@ -260,10 +286,7 @@ class Collector:
         header = entry.header
         outcomes: list[Outcome] = []
         if not entry.used:
-            outcomes += [
-                Failed(header, entry.tag),
-                Named(header, Verdict.SUSPECTED, tuple(sorted(entry.links))),
-            ]
+            outcomes += self._failed(entry)
         missing = set(range(header.grade.n)) - set(header.left_out) - set(entry.links)
         siblings = (self._pending[key] for key in self._by_transfer[header.transfer])
         relabelled = missing & {route for other in siblings if other is not entry for route in other.links}
@@ -289,6 +312,8 @@ class Collector:
                 continue
             self._release(old_key, old_route, came_from)
             del old.shares[old_route], old.links[old_route]
+            if old.search is not None:
+                old.search.remove(old_route + 1)
             if not old.links:
                 self._drop(old_key)
 
@@ -309,6 +334,7 @@ class Collector:
         self._let_go(entry, key)
         del self._pending[key]
         self._light.pop(key, None)
+        self._searching.pop(key, None)
         keys = self._by_transfer[entry.header.transfer]
         keys.remove(key)
         if not keys:

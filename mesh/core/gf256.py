@@ -26,13 +26,13 @@ def _powers() -> bytes:
     return bytes(powers) * 2
 
 
-_EXP = _powers()
-_LOG = bytes(_EXP.index(element) if element else 0 for element in range(256))
+EXP = _powers()
+LOG = bytes(EXP.index(element) if element else 0 for element in range(256))
 
 
 def mul(a: int, b: int) -> int:
     """Product of two elements, each 0..255."""
-    return _EXP[_LOG[a] + _LOG[b]] if a and b else 0
+    return EXP[LOG[a] + LOG[b]] if a and b else 0
 
 
 def inv(a: int) -> int:
@@ -43,7 +43,7 @@ def inv(a: int) -> int:
     """
     if not a:
         raise ZeroDivisionError("0 has no inverse in GF(2^8)")
-    return _EXP[255 - _LOG[a]]
+    return EXP[255 - LOG[a]]
 
 
 @cache

@@ -4,14 +4,15 @@ Owns the share scheme of DSKE (design "Share scheme"; protocol 3.7): the first k
 shares are raw pad bytes, the secret is the value at x = 0 of the polynomial of
 degree < k through them, shares k+1..n are further values. Trusted relay is (1,1).
 Any k-1 shares say nothing about the secret. Must not draw randomness, and must not
-decide which shares are honest: that is ``accept``, the tag of ``mesh.core.gf128``.
+decide which shares are honest: that is the tag of ``mesh.core.gf128``, and the search
+of ``mesh.core.search``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ MAX_SHARES = 16
 _PIECE_BYTES = 1 << 15
 #: Shares longer than this are first compared by a short random combination of their bytes,
 #: formed in steps: pieces of 4096 bytes are summed, then those of 256 bytes, then of 16.
-_BULK_BYTES = 4096
+BULK_BYTES = 4096
 _DIGEST_STEPS = (4096, 256, 16)
 #: Polynomials tried, at most, to tell liars from those they framed; beyond, all are suspects.
 _MAX_EXPLANATIONS = 2048
@@ -40,23 +41,6 @@ class Blame(NamedTuple):
 
     named: tuple[int, ...] = ()
     is_certain: bool = True
-
-
-class Found(NamedTuple):
-    """A secret that was accepted, and who did not agree with it.
-
-    Attributes:
-        secret: the reconstructed Y_0.
-        used: the k share indices it was computed from, ascending.
-        blame: judgement over all shares that were there.
-    """
-
-    secret: bytes
-    used: tuple[int, ...]
-    blame: Blame = Blame()
-
-    def __repr__(self) -> str:
-        return f"Found({len(self.secret)} bytes, used={self.used}, {self.blame})"
 
 
 def derive(k: int, n: int, first: Sequence[Buffer]) -> tuple[bytes, list[bytes]]:
@@ -128,77 +112,16 @@ def _piece(views: Sequence[memoryview], factors: Sequence[tuple[int, ...]]) -> l
     return values
 
 
-def find_secret(
-    shares: Mapping[int, Buffer],
-    k: int,
-    accept: Callable[[bytes], bool],
-    order: Sequence[int] | None = None,
-    *,
-    including: int | None = None,
-    randomness: Callable[[int], bytes] | None = None,
-) -> Found | None:
-    """Search the k-subsets of ``shares`` for one whose secret is accepted.
-
-    With ``randomness`` and long shares, subsets are first judged on a 16-byte random linear
-    combination of each share, drawn after the shares are fixed; then ``accept`` is called
-    once per distinct polynomial, the one with most shares on it first. A combination may
-    miss a lie (about once in 100 for a lie in one byte); that costs time, never correctness:
-    ``accept`` decides, and the subsets passed over are tried in the end.
-
-    Args:
-        shares: index (1..16) to share, all of one length; at least k or None is returned.
-        k: the threshold by the target's own configuration.
-        accept: whether a candidate Y_0 verifies.
-        order: the indices, most trusted (earliest) first; default ascending.
-        including: only subsets with this index: the newest share, when the others were searched before.
-        randomness: n -> n random bytes.
-
-    Raises:
-        ValueError: k < 1, an index outside 1..16, ``order`` is not a permutation of
-            the indices, or lengths that differ.
-    """
-    ranked = tuple(order) if order is not None else tuple(sorted(shares))
-    if k < 1 or len(ranked) != len(shares) or set(ranked) != set(shares):
-        raise ValueError("threshold or order does not fit the shares")
-    if len({len(share) for share in shares.values()}) > 1:
-        raise ValueError("shares differ in length")
-    columns = shares
-    subsets: Iterable[tuple[int, ...]] = combinations(ranked, k)
-    if randomness is not None and len(ranked) > k and len(shares[ranked[0]]) > _BULK_BYTES:
-        columns = _digests(shares, randomness)
-        subsets = _by_support(columns, k, ranked)
-    for subset in subsets:
-        if including is not None and including not in subset:
-            continue
-        secret = combine(_select(shares, subset))
-        if accept(secret):
-            used = tuple(sorted(subset))
-            return Found(secret, used, blame(shares, k, used, randomness=randomness))
-    return None
-
-
 def _select(shares: Mapping[int, Buffer], subset: Sequence[int]) -> dict[int, Buffer]:
     return {index: shares[index] for index in subset}
 
 
-def _support(shares: Mapping[int, Buffer], subset: Sequence[int]) -> frozenset[int]:
+def support(shares: Mapping[int, Buffer], subset: Sequence[int]) -> frozenset[int]:
     """The indices of all shares on the polynomial through those of ``subset``."""
     chosen = _select(shares, subset)
-    return frozenset(i for i in shares if i in chosen or evaluate(chosen, i) == shares[i])
-
-
-def _by_support(columns: Mapping[int, Buffer], k: int, ranked: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """One subset per distinct polynomial, most shares first; then all the others."""
-    first: dict[frozenset[int], tuple[int, ...]] = {}
-    for subset in combinations(ranked, k):
-        support = _support(columns, subset)
-        first.setdefault(support, subset)
-        if len(support) == len(ranked):
-            break
-    chosen = [first[support] for support in sorted(first, key=len, reverse=True)]
-    yield from chosen
-    tried = set(chosen)
-    yield from (subset for subset in combinations(ranked, k) if subset not in tried)
+    others = [index for index in shares if index not in chosen]
+    values = zip(others, _values(chosen, others), strict=True)
+    return frozenset(subset).union(index for index, value in values if value == shares[index])
 
 
 def blame(
@@ -219,23 +142,24 @@ def blame(
         shares: index to share; all that arrived.
         k: the threshold.
         used: k indices whose secret was accepted.
-        randomness: as for ``find_secret``: long shares are then compared by digests where many
+        randomness: n -> n random bytes: long shares are then compared by digests where many
             polynomials are tried. A digest can only hide a difference: certainty stays certain.
     """
     everyone = frozenset(shares)
-    support = _support(shares, used)
-    off = everyone - support
+    on_it = support(shares, used)
+    off = everyone - on_it
     if not off or k == 1:
         return Blame(tuple(sorted(off)), True)
     enough = len(everyone) - (k - 1)
     # Two explanations share at most k-2 shares, so 2k-2 on one leave too few for another.
-    if len(support) >= max(enough, 2 * k - 2):
+    if len(on_it) >= max(enough, 2 * k - 2):
         return Blame(tuple(sorted(off)), True)
     if comb(len(everyone), k - 1) > _MAX_EXPLANATIONS:
         return Blame(tuple(sorted(everyone)), False)
     columns = shares
-    if randomness is not None and len(shares[used[0]]) > _BULK_BYTES:
-        columns = _digests(shares, randomness)
+    if randomness is not None and len(shares[used[0]]) > BULK_BYTES:
+        combination = Combination(len(shares[used[0]]), randomness)
+        columns = {index: combination.of(share) for index, share in shares.items()}
     explained = _explanations(columns, k, combine(_select(columns, used)), enough)
     suspects = off.union(*(everyone - one for one in explained)) if explained else everyone
     if len(explained) == 1:
@@ -244,7 +168,7 @@ def blame(
         # On digests it may have lost a difference: only the shares themselves prove it.
         if (
             combine(_select(shares, subset)) == combine(_select(shares, used))
-            and _support(shares, subset) == only
+            and support(shares, subset) == only
         ):
             return Blame(tuple(sorted(everyone - only)), True)
     return Blame(tuple(sorted(suspects)), False)
@@ -263,15 +187,24 @@ def _explanations(columns: Mapping[int, Buffer], k: int, secret: bytes, enough: 
     return found
 
 
-def _digests(shares: Mapping[int, Buffer], randomness: Callable[[int], bytes]) -> dict[int, Buffer]:
-    """One random GF(2^8)-linear combination, 16 bytes, of each share: lies differ, agreement stays."""
-    size = len(next(iter(shares.values())))
-    digests = dict(shares)
-    for step in _DIGEST_STEPS:
-        coefficients = randomness(-(-size // step))
-        digests = {index: _sum_pieces(share, step, coefficients) for index, share in digests.items()}
-        size = step
-    return digests
+class Combination:
+    """A random GF(2^8)-linear combination, 16 bytes, of shares of one length: lies differ, agreement stays.
+
+    Args:
+        size: of the shares.
+        randomness: n -> n random bytes, for the coefficients; unknown to whoever chooses shares.
+    """
+
+    def __init__(self, size: int, randomness: Callable[[int], bytes]) -> None:
+        sizes = (size, *_DIGEST_STEPS)
+        self._steps = [(step, randomness(-(-size // step))) for size, step in pairwise(sizes)]
+
+    def of(self, share: Buffer) -> bytes:
+        """The combination of one share."""
+        digest = share
+        for step, coefficients in self._steps:
+            digest = _sum_pieces(digest, step, coefficients)
+        return bytes(digest)
 
 
 def _sum_pieces(share: Buffer, piece_bytes: int, coefficients: bytes) -> bytes:

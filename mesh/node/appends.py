@@ -37,7 +37,7 @@ from mesh.node.reports import Reports
 from mesh.node.reserves import Reserves
 from mesh.node.routewatch import RouteWatch
 from mesh.node.tasks import Background
-from mesh.ops.logging import log_soon, request_id
+from mesh.ops.logging import log_soon, request_id, serving
 from mesh.ops.tracing import span
 from mesh.store.store import Store
 from mesh.store.tables import AppendKind, AppendRow, ReserveRow, Tables
@@ -98,6 +98,7 @@ class Appender:
             randomness=around.randomness,
         )
         self._refusals = Refusals()
+        self._is_searching = False
         self._appending: set[TransferId] = set()
         self._appending_bytes = 0
         self._opening: dict[str, asyncio.Lock] = {}
@@ -133,6 +134,21 @@ class Appender:
                 self._refuse(header.transfer, tag, ErrorReason.TAG_MISMATCH, came_from)
             else:
                 self._act(outcome)
+        if self._collector.is_searching and not self._is_searching:
+            self._is_searching = True
+            self._tasks.spawn(self._search())
+
+    async def _search(self) -> None:
+        """Goes on where liars left many subsets to try, for half of the time at most."""
+        with serving(""):
+            try:
+                while self._collector.is_searching:
+                    began_s = self._around.monotonic_s()
+                    for outcome in self._collector.work():
+                        self._act(outcome)
+                    await asyncio.sleep(self._around.monotonic_s() - began_s)
+            finally:
+                self._is_searching = False
 
     def expire(self) -> None:
         """Drops transfers that waited too long for their other shares; call every few seconds."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mesh.core import collector
 from mesh.core.keyid import parse
 from mesh.core.network import Grade
 from mesh.core.transfer import SLOT_BYTES, SlotKind, TransferHeader, TransferId
@@ -110,6 +111,25 @@ async def test_shares_swapped_between_two_transfers(net: KeyNetwork) -> None:
     taken.let_go()
     await key(net)
     assert appended(net, "kme-z") == 0
+
+
+async def test_a_search_that_takes_long_goes_on_beside_everything_else(
+    net: KeyNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A liar is first; one subset a slice: the third and right one is tried after the last share came."""
+    monkeypatch.setattr(collector, "_SLICE_BYTES", 1)
+    loop = asyncio.get_running_loop()
+
+    def meddle(sender: str, receiver: str, shares: Delivery) -> Delivery | None:
+        if receiver != "kme-z" or sender == "hub-1":
+            return flip("hub-1", "kme-z")(sender, receiver, shares)  # type: ignore[no-any-return]
+        loop.call_later(0.05, lambda: net.wire.inject(sender, receiver, shares))
+        return None
+
+    net.wire.meddle = meddle
+    await key(net, 2)
+    await until(lambda: "culprits: kme-a-hub-1-kme-z" in alarms(net, "kme-z"))
+    assert pending(net) == 0
 
 
 def relabelled(item: ShareItem, **changes: Any) -> ShareItem:

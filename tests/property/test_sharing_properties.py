@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.core.sharing import combine, derive, evaluate, find_secret
+from mesh.core.sharing import combine, derive, evaluate
+from tests.fakes.searching import find_secret
 
 
 @pytest.fixture(scope="module")

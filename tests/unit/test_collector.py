@@ -6,13 +6,16 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
+from mesh.core import collector as collector_module
 from mesh.core import sharing
 from mesh.core.collector import Collector, Failed, Named, Outcome, Verdict, Verified
 from mesh.core.gf256 import mul
 from mesh.core.network import Grade
 from mesh.core.transfer import SlotKind, TransferHeader, TransferId, transfer_tag
 
-ROUTES = tuple(("a", f"h{number}", "z") for number in range(1, 6))
+ROUTES = tuple(("a", f"h{number}", "z") for number in range(1, 10))
 HEADER = TransferHeader(
     transfer=TransferId("a", "z", 5, 1000),
     slot_count=3,
@@ -233,6 +236,50 @@ def test_a_query_learns_which_routes_came() -> None:
     assert feed.into.pending(transfer, bytes(16)) is None
     feed.add(1)
     assert feed.into.pending(transfer, feed.tag) is None
+
+
+def test_many_subsets_are_searched_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(5,9), four liars first, then exactly k honest shares: 126 subsets, and the loop is not held up."""
+    feed = Feed(collector(), graded(5, 9))
+    tags: list[bytes] = []
+
+    def counted(encoded: bytes, secret: bytes) -> bytes:
+        tags.append(secret)
+        return transfer_tag(encoded, secret)
+
+    monkeypatch.setattr(collector_module, "transfer_tag", counted)
+    monkeypatch.setattr(collector_module, "_SLICE_BYTES", 1)
+    outcomes = [feed.lie(route) for route in range(4)] + [feed.add(route) for route in range(4, 9)]
+    assert outcomes == [[]] * 9
+    assert len(tags) == 5
+    assert feed.into.pending(feed.header.transfer, feed.tag) == tuple(range(9))
+    steps = []
+    while feed.into.is_searching:
+        before = len(tags)
+        steps.append(feed.into.work())
+        assert len(tags) - before <= 1
+    assert steps[:-1] == [[]] * (len(steps) - 1)
+    assert steps[-1] == [feed.verified, feed.named(Verdict.LIED, *range(4))]
+    assert len(feed.into) == 0
+    assert feed.into.work() == []
+
+
+def test_an_unfinished_search_ends_with_its_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector_module, "_SLICE_BYTES", 1)
+    into = collector(max_pending=2)
+    waits, gone = Feed(into, graded(2, 5)), Feed(into, graded(2, 5, 2000))
+    for feed in (gone, waits):
+        for route in range(4):
+            assert feed.lie(route) == []
+    assert into.is_searching
+    for slot in range(3000, 3002):  # pushes the lies of both out, on one link
+        Feed(into, graded(2, 5, slot)).add(0)
+    assert [outcome for outcome in into.expire(30.0) if isinstance(outcome, Failed)] == [
+        Failed(gone.header, gone.tag),
+        Failed(waits.header, waits.tag),
+    ]
+    assert into.work() == []
+    assert sum(into._bytes.values()) == 0
 
 
 def test_single_route_needs_no_waiting() -> None:
