@@ -23,7 +23,6 @@ from mesh.errors import (
     UnavailableError,
 )
 from mesh.node.underway import Order
-from mesh.node.underway import Order
 from mesh.v1.keys_pb2 import KeyRequest, StatusRequest
 from tests.fakes.key_network import HASTY, LINE, NO_PREFILL, KeyNetwork, until
 
