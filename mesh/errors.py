@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 
 
 class ErrorReason(StrEnum):
@@ -50,6 +51,10 @@ class ErrorReason(StrEnum):
     DEADLINE_EXCEEDED = "deadline-exceeded"
     SHUTTING_DOWN = "shutting-down"
     INTERNAL = "internal"
+
+
+# A fact of an error whose reason alone leaves it open: the request certainly changed nothing.
+NOTHING_HAPPENED: Mapping[str, object] = MappingProxyType({"outcome": "none"})
 
 
 class MeshError(Exception):

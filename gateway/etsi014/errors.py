@@ -37,6 +37,22 @@ _STATUS_OF_REASON: Final[Mapping[ErrorReason, int]] = {
 }
 
 
+# Reasons given only before anything is drawn or redeemed. Of all others nobody knows, unless the error
+# says so: the node may have been cut off between its redeem and its answer.
+_NOTHING_DONE: Final = frozenset(
+    {
+        ErrorReason.BUSY,
+        ErrorReason.DIRECTORY_UNAVAILABLE,
+        ErrorReason.EPOCHS_EXHAUSTED,
+        ErrorReason.GRADE_UNAVAILABLE,
+        ErrorReason.NO_ROUTE,
+        ErrorReason.OUT_OF_MATERIAL,
+        ErrorReason.QUOTA_EXCEEDED,
+        ErrorReason.WINDOW_FULL,
+    }
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
     """One error as it goes out: ``body`` is empty for 401, else a JSON Error object."""
@@ -69,7 +85,8 @@ def answer_refusal(refusal: HttpRefusal) -> ErrorAnswer:
         headers["Allow"] = refusal.allow
     if refusal.status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(DEFAULT_RETRY_AFTER_S)
-        details.append({"retry_after_s": DEFAULT_RETRY_AFTER_S})
+        is_known = refusal.reason in _NOTHING_DONE
+        details += [{"retry_after_s": DEFAULT_RETRY_AFTER_S}, {"outcome": "none" if is_known else "unknown"}]
     body = b"" if refusal.status == HTTPStatus.UNAUTHORIZED else error_body(refusal.message, details)
     return ErrorAnswer(refusal.status, body, refusal.reason, headers, refusal.close)
 
@@ -83,7 +100,8 @@ def answer_error(error: MeshError, *, unknown_key_status: int = HTTPStatus.BAD_R
 
     Returns:
         400, 401 (empty), 404 or 503. Any reason without a row of its own is the server's side:
-        503, with ``Retry-After``.
+        503, with ``Retry-After`` and a detail ``outcome``: "none" where nothing happened, "unknown"
+        where the request may have been carried out.
     """
     status = _STATUS_OF_REASON.get(error.reason, HTTPStatus.SERVICE_UNAVAILABLE)
     reason = str(error.reason)
@@ -96,11 +114,12 @@ def answer_error(error: MeshError, *, unknown_key_status: int = HTTPStatus.BAD_R
         details += _as_details(error.facts)
         return ErrorAnswer(status, error_body(error.message, details), reason)
     retry_after_s = min(max(math.ceil(error.retry_after_s), DEFAULT_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
-    message = KEY_ACCESS_ERROR
+    message, facts = KEY_ACCESS_ERROR, dict(error.facts)
+    is_known = facts.pop("outcome", "") == "none" or error.reason in _NOTHING_DONE
     if isinstance(error, ShortageError | UnavailableError):
         message = error.message
-        details += _as_details(error.facts)
-    details.append({"retry_after_s": retry_after_s})
+        details += _as_details(facts)
+    details += [{"retry_after_s": retry_after_s}, {"outcome": "none" if is_known else "unknown"}]
     return ErrorAnswer(status, error_body(message, details), reason, {"Retry-After": str(retry_after_s)})
 
 

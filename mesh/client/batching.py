@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
+from mesh.errors import NOTHING_HAPPENED, ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
 from mesh.rpc.status import error_from_rpc, make_error
 
 _LOG = logging.getLogger("keymesh.client")
@@ -44,7 +44,7 @@ _Result = TypeVar("_Result")
 class _Item(Generic[_Request, _Result]):
     """One caller's request, waiting or sent."""
 
-    __slots__ = ("deadline_s", "future", "pair", "request", "weight")
+    __slots__ = ("deadline_s", "future", "has_left", "pair", "request", "weight")
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class _Item(Generic[_Request, _Result]):
         self.weight = weight
         self.deadline_s = deadline_s
         self.future = future
+        self.has_left = False
 
 
 class _Queue(Generic[_Request, _Result]):
@@ -121,16 +122,19 @@ class Batcher(Generic[_Request, _Result]):
             ShortageError: BUSY, too many requests wait already.
         """
         if self._is_closed:
-            raise UnavailableError("client is closed", reason=ErrorReason.SHUTTING_DOWN)
+            raise UnavailableError(
+                "client is closed", reason=ErrorReason.SHUTTING_DOWN, facts=NOTHING_HAPPENED
+            )
         if self._waiting >= QUEUE_LIMIT:
             raise ShortageError("too many requests wait", reason=ErrorReason.BUSY, retry_after_s=1.0)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Result] = loop.create_future()
         queue = (self._apart.get(pair) if self._apart else None) or self._shared
-        queue.waiting.append(_Item(request, pair, weight, loop.time() + timeout_s, future))
+        item = _Item(request, pair, weight, loop.time() + timeout_s, future)
+        queue.waiting.append(item)
         self._waiting += 1
         self._wake(queue, loop)
-        timer = loop.call_later(timeout_s, _expire, future)
+        timer = loop.call_later(timeout_s, _expire, item)
         try:
             return await future
         finally:
@@ -141,7 +145,10 @@ class Batcher(Generic[_Request, _Result]):
         self._is_closed = True
         for queue in (self._shared, *self._apart.values()):
             for item in queue.waiting:
-                _fail(item.future, UnavailableError("client is closed", reason=ErrorReason.SHUTTING_DOWN))
+                closed = UnavailableError(
+                    "client is closed", reason=ErrorReason.SHUTTING_DOWN, facts=NOTHING_HAPPENED
+                )
+                _fail(item.future, closed)
             queue.waiting.clear()
             if queue.relief is not None:
                 queue.relief.cancel()
@@ -180,6 +187,7 @@ class Batcher(Generic[_Request, _Result]):
                 total += item.weight
                 if items and total > MAX_BATCH_BYTES:
                     break
+                item.has_left = True
                 items.append(item)
             queue.waiting.popleft()
             self._waiting -= 1
@@ -282,8 +290,13 @@ def _is_idle(queue: _Queue[_Request, _Result]) -> bool:
     return not queue.waiting and not queue.in_flight and not queue.is_scheduled
 
 
-def _expire(future: asyncio.Future[_Result]) -> None:
-    _fail(future, UnavailableError("node did not answer in time", reason=ErrorReason.DEADLINE_EXCEEDED))
+def _expire(item: _Item[_Request, _Result]) -> None:
+    late = UnavailableError(
+        "node did not answer in time",
+        reason=ErrorReason.DEADLINE_EXCEEDED,
+        facts={} if item.has_left else NOTHING_HAPPENED,
+    )
+    _fail(item.future, late)
 
 
 def _fail(future: asyncio.Future[_Result], error: MeshError) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from mesh.errors import ErrorReason, MeshError, PeerError, UnavailableError
-from mesh.rpc.status import error_from_failure, error_from_rpc
+from mesh.errors import NOTHING_HAPPENED, ErrorReason, MeshError, PeerError, UnavailableError
+from mesh.rpc.status import error_from_failure, error_from_rpc, make_error
 from mesh.v1.keys_pb2 import DeliverRequest, DeliverResponse, KeyResult
 from mesh.v1.keys_pb2_grpc import KeyDeliveryStub
 
@@ -39,19 +39,25 @@ class _Stream:
         """Send a batch and wait for its results."""
         answer: asyncio.Future[Sequence[KeyResult]] = asyncio.get_running_loop().create_future()
         self._pending[request.batch_id] = answer
+        facts = NOTHING_HAPPENED
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._writing:
+                    facts = {}
                     await self._call.write(request)
                 return await answer
         except TimeoutError as exc:
             raise UnavailableError(
-                "node did not answer in time", reason=ErrorReason.DEADLINE_EXCEEDED
+                "node did not answer in time", reason=ErrorReason.DEADLINE_EXCEEDED, facts=facts
             ) from exc
         except (grpc.RpcError, asyncio.InvalidStateError) as exc:
             # The call ended before the batch was written; the reader knows why.
             await asyncio.wait([self.reader])
-            raise answer.exception() or _gone() from exc
+            error = answer.exception()
+            cause = error if isinstance(error, MeshError) else _gone()
+            raise make_error(
+                cause.reason, cause.message, retry_after_s=cause.retry_after_s, facts=NOTHING_HAPPENED
+            ) from exc
         finally:
             self._pending.pop(request.batch_id, None)
             self._end_if_drained()

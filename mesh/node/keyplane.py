@@ -20,6 +20,7 @@ from mesh.core.reserve import slots_per_key
 from mesh.core.sealed import MIN_SLOTS
 from mesh.core.transfer import KEY_PART_BYTES
 from mesh.errors import (
+    NOTHING_HAPPENED,
     CallerError,
     ErrorReason,
     MeshError,
@@ -386,7 +387,9 @@ class KeyPlane:
                 "no network document yet", reason=ErrorReason.DIRECTORY_UNAVAILABLE, retry_after_s=1.0
             )
         if self._is_stopping:
-            raise ShortageError("the node is stopping", reason=ErrorReason.SHUTTING_DOWN)
+            raise ShortageError(
+                "the node is stopping", reason=ErrorReason.SHUTTING_DOWN, facts=NOTHING_HAPPENED
+            )
         return document
 
     def _pair(self, document: NetworkDocument, master: str, slave: str) -> _Pair:

@@ -33,6 +33,7 @@ from mesh.directory.etcd_directory import EtcdDirectory
 from mesh.directory.port import Directory
 from mesh.directory.static import StaticDirectory
 from mesh.errors import (
+    NOTHING_HAPPENED,
     ConfigError,
     ErrorReason,
     MeshError,
@@ -502,7 +503,9 @@ class Node:
         be cut with the stream, its keys spent and never answered.
         """
         if self.is_stopping:
-            raise UnavailableError("the node is stopping", reason=ErrorReason.SHUTTING_DOWN)
+            raise UnavailableError(
+                "the node is stopping", reason=ErrorReason.SHUTTING_DOWN, facts=NOTHING_HAPPENED
+            )
         self._admit_batch(context)
 
     def _admit_gateway(self) -> Sequence[str] | None:

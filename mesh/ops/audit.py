@@ -21,7 +21,7 @@ from types import TracebackType
 
 import msgspec
 
-from mesh.errors import ConfigError, ErrorReason, UnavailableError
+from mesh.errors import NOTHING_HAPPENED, ConfigError, ErrorReason, UnavailableError
 from mesh.ops.logging import request_id
 
 _MAX_LINE_BYTES = 65_536
@@ -104,11 +104,15 @@ class AuditLog:
         Raises:
             UnavailableError: DISK_FULL, nothing could be recorded now.
         """
-        if self._is_doubted or time.monotonic() >= self._has_room_until_s:
-            with self._lock:
-                self._look_for_room()
-            if self._is_doubted:
-                self.record("audit_resumed")
+        try:
+            if self._is_doubted or time.monotonic() >= self._has_room_until_s:
+                with self._lock:
+                    self._look_for_room()
+                if self._is_doubted:
+                    self.record("audit_resumed")
+        except UnavailableError as exc:
+            exc.facts.update(NOTHING_HAPPENED)
+            raise
 
     def close(self) -> None:
         """Closes the file; recording afterwards fails."""

@@ -27,6 +27,7 @@ from mesh.client import (
     ShortageError,
     UnavailableError,
 )
+from mesh.errors import NOTHING_HAPPENED
 from mesh.node.services.streamed import StreamedDelivery
 from mesh.ops.logging import request_id
 from mesh.ops.tls import TlsFiles
@@ -280,6 +281,7 @@ async def test_deadline(site: Site) -> None:
     with pytest.raises(UnavailableError) as caught:
         await late
     assert caught.value.reason is ErrorReason.DEADLINE_EXCEEDED
+    assert "outcome" not in caught.value.facts
     await until(lambda: site.node.cancelled == 1)
 
 
@@ -324,13 +326,25 @@ async def test_a_stopping_node_answers_what_it_began_and_begins_no_more(site: Si
     assert len((await slow).keys) == 1
 
 
+async def test_a_node_that_dies_with_a_request_leaves_its_outcome_open(site: Site) -> None:
+    client = site.client()
+    slow = asyncio.ensure_future(client.get_keys("sae-a", "slow"))
+    await until(lambda: site.node.rpcs == 1)
+    await site.stop()
+    with pytest.raises(MeshError) as caught:
+        await slow
+    assert "outcome" not in caught.value.facts
+
+
 async def test_node_away_and_back(site: Site) -> None:
     client = site.client()
     await client.get_keys("sae-a", "sae-b")
     await site.stop()
-    with pytest.raises(UnavailableError) as caught:
-        await client.get_keys("sae-a", "sae-b")
-    assert caught.value.reason is ErrorReason.PEER_UNREACHABLE
+    for _ in range(2):
+        with pytest.raises(UnavailableError) as caught:
+            await client.get_keys("sae-a", "sae-b")
+        assert caught.value.reason is ErrorReason.PEER_UNREACHABLE
+    assert caught.value.facts == NOTHING_HAPPENED, "no connection: nobody was asked"
     await site.start()
 
     async def again() -> bool:

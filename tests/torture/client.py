@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+IDLE_S = 30.0
+"""A connection unused for longer is made anew: a gateway closes it after 75 s, under the next request."""
+
 
 class NotSentError(Exception):
     """No connection: the request reached nobody."""
@@ -68,8 +71,16 @@ class Answer:
     @property
     def reason(self) -> str:
         """The reason that an error answer gives, "" if it gives none."""
+        return self._detail("reason")
+
+    @property
+    def outcome(self) -> str:
+        """Whether a 503 says that nothing happened ("none") or that it may have ("unknown")."""
+        return self._detail("outcome")
+
+    def _detail(self, name: str) -> str:
         details = self.body.get("details", ()) if isinstance(self.body, dict) else ()
-        return next((str(entry["reason"]) for entry in details if "reason" in entry), "")
+        return next((str(entry[name]) for entry in details if name in entry), "")
 
 
 class Sae:
@@ -89,6 +100,7 @@ class Sae:
         context.load_cert_chain(entry["cert"], entry["key"])
         self.sae_id = sae_id
         self.node: str = entry["node"]
+        self._used_at_s = time.monotonic()
         self._connection = http.client.HTTPSConnection(
             parts.hostname or "", parts.port, timeout=timeout_s, context=context
         )
@@ -119,6 +131,8 @@ class Sae:
     def _ask(self, verb: str, other: str, method: str, body: object) -> Answer:
         began_s = time.monotonic()
         connection = self._connection
+        if began_s - self._used_at_s > IDLE_S:
+            connection.close()
         try:
             if connection.sock is None:
                 connection.connect()
@@ -134,6 +148,7 @@ class Sae:
             )
             response = connection.getresponse()
             payload = response.read()
+            self._used_at_s = time.monotonic()
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise CutError(type(error).__name__) from error

@@ -27,8 +27,6 @@ DEADLINE_S = 10.0
 """What cannot be met answers within this (docs: defaults of the 014 API)."""
 _GRACE_S = 5.0
 _AT_ONCE = 0.6
-_NOT_DONE = frozenset({"busy", "out-of-material", "window-full", "no-route", "directory-unavailable"})
-"""Reasons that a node itself gives for having done nothing; all others leave it open."""
 _MAX_FORGED = 400
 """A node refuses a pair after 1 000 wrong tags a day, so a long run forges no more than this."""
 
@@ -130,7 +128,7 @@ class Caller:
         answer = self._ask(
             "dec_keys", lambda: sae.dec_keys(batch.master, ids), cut=lambda: self._history.cut(batch)
         )
-        if answer is not None and answer.status == 503 and answer.reason not in _NOT_DONE:
+        if answer is not None and answer.status == 503 and answer.outcome != "none":
             # The node may have been killed between its redeem and its answer to the gateway.
             self._history.cut(batch)
         return answer
@@ -157,6 +155,8 @@ class Caller:
         )
         if answer.status == 503 and not (answer.reason and "retry-after" in answer.headers):
             self._history.wrong(f"{what} answered 503 without a reason or Retry-After")
+        if answer.status == 503 and answer.outcome not in ("none", "unknown"):
+            self._history.wrong(f"{what} answered 503 without an outcome")
         if answer.took_s > DEADLINE_S + _GRACE_S:
             self._history.asked("late", answer.took_s)
         return answer

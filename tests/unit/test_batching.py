@@ -14,7 +14,15 @@ import pytest
 
 from mesh.client import batching
 from mesh.client.batching import Batcher
-from mesh.errors import CallerError, ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
+from mesh.errors import (
+    NOTHING_HAPPENED,
+    CallerError,
+    ErrorReason,
+    MeshError,
+    PeerError,
+    ShortageError,
+    UnavailableError,
+)
 
 
 class Node:
@@ -133,6 +141,23 @@ async def test_cancelled_after_it_left_the_others_get_theirs(node: Node, batcher
     assert await tasks[1] == "B"
     assert tasks[0].cancelled()
     assert node.batches == [["a", "b"]]
+
+
+async def test_only_a_request_that_never_left_certainly_changed_nothing(
+    node: Node, batcher: Batcher[str, str]
+) -> None:
+    sent = ask(batcher, "a", timeout_s=0.01)
+    await turn()
+    waiting = ask(batcher, "b", timeout_s=0.001)
+    for task, facts in ((waiting, NOTHING_HAPPENED), (sent, {})):
+        with pytest.raises(UnavailableError) as caught:
+            await task
+        assert caught.value.facts == facts
+    assert node.batches == [["a"]]
+    await batcher.close()
+    with pytest.raises(UnavailableError) as caught:
+        await batcher.submit("c", pair="p", weight=1, timeout_s=1)
+    assert caught.value.facts == NOTHING_HAPPENED
 
 
 async def test_each_caller_has_its_own_deadline_the_rpc_the_longest(

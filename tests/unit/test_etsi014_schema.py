@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from http import HTTPStatus
 from uuid import UUID, uuid4
 
 import pytest
@@ -11,8 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.etsi014 import schema
-from gateway.etsi014.errors import KEY_ACCESS_ERROR, KEY_NOT_FOUND, SIZE_NOT_BYTES, answer_error
+from gateway.etsi014.errors import (
+    KEY_ACCESS_ERROR,
+    KEY_NOT_FOUND,
+    SIZE_NOT_BYTES,
+    answer_error,
+    answer_refusal,
+)
 from gateway.etsi014.routes import decode_sae_segment, split_target
+from gateway.exchange import HttpRefusal
 from mesh.client import (
     CallerError,
     DeliveredKey,
@@ -21,9 +29,11 @@ from mesh.client import (
     KeyStatus,
     MeshError,
     NotAuthorizedError,
+    PeerError,
     ShortageError,
     UnavailableError,
 )
+from mesh.errors import NOTHING_HAPPENED
 
 FACTS = {"master": "sae-a", "slave": "sae-b"}
 
@@ -248,10 +258,34 @@ def test_shortage_says_when_to_come_back() -> None:
     assert answer.headers == {"Retry-After": "3"}
     assert json.loads(answer.body) == {
         "message": "not enough",
-        "details": [{"reason": "out-of-material"}, {"available_bytes": 7}, {"retry_after_s": 3}],
+        "details": [
+            {"reason": "out-of-material"},
+            {"available_bytes": 7},
+            {"retry_after_s": 3},
+            {"outcome": "none"},
+        ],
     }
     assert answer_error(UnavailableError("gone")).headers == {"Retry-After": "1"}
     assert answer_error(UnavailableError("gone", retry_after_s=1e9)).headers == {"Retry-After": "3600"}
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (ShortageError("", reason=ErrorReason.BUSY), "none"),
+        (UnavailableError("", reason=ErrorReason.PEER_UNREACHABLE), "unknown"),
+        (UnavailableError("", reason=ErrorReason.PEER_UNREACHABLE, facts=NOTHING_HAPPENED), "none"),
+        (UnavailableError("", reason=ErrorReason.DEADLINE_EXCEEDED), "unknown"),
+        (UnavailableError("", reason=ErrorReason.DISK_FULL), "unknown"),
+        (PeerError("", facts=NOTHING_HAPPENED), "none"),
+        (HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "", reason="busy"), "none"),
+        (HttpRefusal(HTTPStatus.SERVICE_UNAVAILABLE, "", reason="internal"), "unknown"),
+    ],
+)
+def test_a_503_says_once_whether_anything_happened(error: MeshError | HttpRefusal, outcome: str) -> None:
+    answer = answer_refusal(error) if isinstance(error, HttpRefusal) else answer_error(error)
+    details = json.loads(answer.body)["details"]
+    assert [detail for detail in details if "outcome" in detail] == [{"outcome": outcome}]
 
 
 def test_integrity_errors_tell_the_caller_nothing() -> None:
@@ -259,5 +293,5 @@ def test_integrity_errors_tell_the_caller_nothing() -> None:
     assert answer.status == 503
     assert json.loads(answer.body) == {
         "message": KEY_ACCESS_ERROR,
-        "details": [{"reason": "state-corrupt"}, {"retry_after_s": 1}],
+        "details": [{"reason": "state-corrupt"}, {"retry_after_s": 1}, {"outcome": "unknown"}],
     }
