@@ -1,4 +1,7 @@
-"""``python -m benchmarks [NAME ...]``: run, print a table, write ``build/bench/result.json``."""
+"""``python -m benchmarks [NAME ...]``: run, print a table, write ``build/bench/result.json``.
+
+The file is a list of rows (``benchmarks.rows.Row``); ``machine.json`` beside it says where it was measured.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def _line(measured: Row) -> str:
 
 
 def main() -> int:
-    """Run the modules named, or all, tuned as every process is; write the result file only when all ran."""
+    """Run the modules named, or all, tuned as every process is; write the files only when all ran."""
     tune_process()
     names = sys.argv[1:] or list(MODULES)
     rows: list[Row] = []
@@ -56,7 +59,8 @@ def main() -> int:
     if not sys.argv[1:]:
         target = Path("build/bench/result.json")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=2) + "\n")
+        target.write_text(json.dumps(rows, indent=2) + "\n")
+        target.with_name("machine.json").write_text(json.dumps(_machine(), indent=2) + "\n")
         print(f"wrote {target}")
     return 0
 

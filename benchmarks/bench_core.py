@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-from benchmarks.rows import Row, row
+from benchmarks.rows import Meter, Row, row
 from mesh.core import gf128, keyid, mac, otp, sharing
 
 BULK_BYTES = 1 << 20
@@ -86,15 +86,17 @@ def _combine(shares: dict[int, bytes]) -> Call:
 
 def _bulk(name: str, call: Call, goal: str, *, size_bytes: int = BULK_BYTES) -> Row:
     source = bytes(size_bytes)
+    meter = Meter()
     taken, floor = _alternate(call, lambda: bytearray(source), calls=1)
     megabytes = size_bytes / 1e6
-    return row(name, megabytes / taken, "MB/s", floor=megabytes / floor, goal=goal)
+    return row(name, megabytes / taken, "MB/s", floor=megabytes / floor, goal=goal, cpu=meter.used())
 
 
 def _call(name: str, call: Call, size_bytes: int, goal: str) -> Row:
     source = bytes(size_bytes)
+    meter = Meter()
     taken, floor = _alternate(call, lambda: bytearray(source), calls=_CALLS_PER_ROUND)
-    return row(name, taken * 1e6, "µs", floor=floor * 1e6, goal=goal)
+    return row(name, taken * 1e6, "µs", floor=floor * 1e6, goal=goal, cpu=meter.used())
 
 
 def _alternate(call: Call, floor: Call, *, calls: int) -> tuple[float, float]:

@@ -22,15 +22,15 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.labs import checked, connections, cpu_seconds, gateway_url, lab, sae_context, spent, tls_stub
+from benchmarks.labs import checked, connections, gateway_url, lab, lab_meter, sae_context, tls_stub
 from benchmarks.load import Outcome, fetch_pairs, fetch_repeatedly
-from benchmarks.rows import Row, percentile, row
+from benchmarks.rows import Cpu, Row, percentile, row
 
 CONNECTIONS = 16
 SECONDS = float(os.environ.get("KEYMESH_BENCH_SECONDS", "5"))
 
 
-def _milliseconds(name: str, outcome: Outcome, floor: Outcome, goal: str) -> list[Row]:
+def _milliseconds(name: str, outcome: Outcome, floor: Outcome, goal: str, cpu: Cpu) -> list[Row]:
     return [
         row(
             f"{name} p{percent}",
@@ -38,6 +38,7 @@ def _milliseconds(name: str, outcome: Outcome, floor: Outcome, goal: str) -> lis
             "ms",
             floor=1e3 * percentile(floor.times_s, percent),
             goal=goal,
+            cpu=cpu,
         )
         for percent in (50, 99)
     ]
@@ -89,6 +90,7 @@ async def _filled(lab_json: dict[str, Any], stub: tuple[str, ssl.SSLContext]) ->
         floor = checked(await fetch_repeatedly(bare[:1], enc, duration_s=SECONDS / 2), "stub")
         drawn: list[str] = []
         enc_times, dec_times = Outcome(), Outcome()
+        meter = lab_meter(lab_json)
         while len(drawn) < 2_000:
             begun = time.perf_counter()
             status, body = await masters[0].get(enc)
@@ -96,19 +98,19 @@ async def _filled(lab_json: dict[str, Any], stub: tuple[str, ssl.SSLContext]) ->
                 raise RuntimeError(f"enc_keys answered {status}: {body!r}")
             enc_times.times_s.append(time.perf_counter() - begun)
             drawn.append(json.loads(body)["keys"][0]["key_ID"])
+        enc_cpu, meter = meter.used(), lab_meter(lab_json)
         for key_id in drawn:
             begun = time.perf_counter()
             status, _ = await slaves[0].get(dec + key_id)
             if status != 200:
                 raise RuntimeError(f"dec_keys answered {status}")
             dec_times.times_s.append(time.perf_counter() - begun)
-        rows += _milliseconds(
-            "enc_keys, one key, reserve filled", enc_times, floor, "p50 <= 1.5 ms, p99 <= 8 ms"
-        )
-        rows += _milliseconds("dec_keys, one key", dec_times, floor, "p50 <= 1.5 ms, p99 <= 8 ms")
+        goal = "p50 <= 1.5 ms, p99 <= 8 ms"
+        rows += _milliseconds("enc_keys, one key, reserve filled", enc_times, floor, goal, enc_cpu)
+        rows += _milliseconds("dec_keys, one key", dec_times, floor, goal, meter.used())
 
         stub_pairs, _ = await fetch_pairs(bare, bare_slaves, enc, dec, duration_s=SECONDS)
-        before = cpu_seconds(lab_json)
+        meter = lab_meter(lab_json)
         pairs, differing = await fetch_pairs(masters, slaves, enc, dec, duration_s=SECONDS)
         if differing:
             raise RuntimeError(f"{differing} keys differ between their ends")
@@ -119,12 +121,12 @@ async def _filled(lab_json: dict[str, Any], stub: tuple[str, ssl.SSLContext]) ->
                 "1/s",
                 floor=len(stub_pairs.times_s) / stub_pairs.elapsed_s,
                 goal=">= 1.0 x floor",
+                cpu=meter.used(),
             )
         )
-        rows[-1]["cpu"] = spent(lab_json, before)
 
         stub_calls = await fetch_repeatedly(bare, enc, duration_s=SECONDS)
-        before = cpu_seconds(lab_json)
+        meter = lab_meter(lab_json)
         per_second = await asyncio.to_thread(_ab, master, enc, lab_json, first)
         generator = "ab"
         if per_second is None:
@@ -140,19 +142,17 @@ async def _filled(lab_json: dict[str, Any], stub: tuple[str, ssl.SSLContext]) ->
                 "1/s",
                 floor=len(stub_calls.times_s) / stub_calls.elapsed_s,
                 goal=">= 6000 /s (ab)",
+                cpu=meter.used(),
             )
         )
-        rows[-1]["cpu"] = spent(lab_json, before)
 
-        before = cpu_seconds(lab_json)
+        meter = lab_meter(lab_json)
         many = checked(
             await fetch_repeatedly(masters[:4], enc + "?number=128", duration_s=SECONDS, most=400),
             "number=128",
         )
-        rows.append(
-            row("keys, number=128", 128 * len(many.times_s) / many.elapsed_s, "1/s", goal=">= 120000 /s")
-        )
-        rows[-1]["cpu"] = spent(lab_json, before)
+        rate = 128 * len(many.times_s) / many.elapsed_s
+        rows.append(row("keys, number=128", rate, "1/s", goal=">= 120000 /s", cpu=meter.used()))
     return rows
 
 
@@ -164,6 +164,7 @@ async def _on_demand(lab_json: dict[str, Any], stub: tuple[str, ssl.SSLContext])
         floor = checked(await fetch_repeatedly(bare, "/", duration_s=SECONDS / 2), "stub")
     for hops, prefix in ((1, "sae-y"), (2, "sae-z")):
         other = next(s for s in lab_json["saes"] if s["id"].startswith(prefix))
+        meter = lab_meter(lab_json)
         async with connections(gateway_url(lab_json, first), sae_context(lab_json, first), 1) as one:
             outcome = checked(
                 await fetch_repeatedly(
@@ -178,6 +179,7 @@ async def _on_demand(lab_json: dict[str, Any], stub: tuple[str, ssl.SSLContext])
                 "ms",
                 floor=1e3 * statistics.median(floor.times_s),
                 goal="round trip + 5 ms",
+                cpu=meter.used(),
             )
         )
     return rows

@@ -31,13 +31,13 @@ from benchmarks.labs import (
     cpu_seconds,
     gateway_url,
     lab,
+    lab_meter,
     resident_mb,
     sae_context,
-    spent,
     tls_stub,
 )
 from benchmarks.load import fetch_repeatedly
-from benchmarks.rows import Row, row
+from benchmarks.rows import Meter, Row, row
 from benchmarks.stream import read_pem, send
 from mesh.client import operator
 from mesh.core.identity import Role
@@ -156,17 +156,19 @@ async def _one_key(where: _Lab, case: Case, calls: int) -> tuple[list[float], fl
 
 def _on_demand(where: _Lab, floor_ms: float) -> Iterator[Row]:
     for case in CASES:
+        meter = lab_meter(where.json)
         times_s, burnt = uvloop.run(_one_key(where, case, ON_DEMAND_CALLS))
+        used = meter.used()
         yield row(
             f"{case.name}, one key on demand, p50",
             1e3 * statistics.median(times_s),
             "ms",
             floor=floor_ms,
             goal="round trip + 5 ms",
+            cpu=used,
         )
-        yield row(
-            f"{case.name}, lane bytes per 256-bit key and hop", burnt, "bytes", floor=32, goal="<= 160 bytes"
-        )
+        name = f"{case.name}, lane bytes per 256-bit key and hop"
+        yield row(name, burnt, "bytes", floor=32, goal="<= 160 bytes", cpu=used)
 
 
 def _memory(where: _Lab) -> Iterator[Row]:
@@ -176,7 +178,8 @@ def _memory(where: _Lab) -> Iterator[Row]:
         ("gateway", where.json["gateways"], 100),
     ):
         largest = max(resident_mb(member["pid"]) for member in members)
-        yield row(f"resident memory, {what}", largest, "MB", goal=f"<= {goal} MB")
+        name, since_start = f"resident memory, {what}", cpu_seconds(where.json)
+        yield row(name, largest, "MB", goal=f"<= {goal} MB", cpu=since_start)
 
 
 def _bulk(where: _Lab, case: Case, stream_bytes_per_s: float) -> Iterator[Row]:
@@ -186,7 +189,7 @@ def _bulk(where: _Lab, case: Case, stream_bytes_per_s: float) -> Iterator[Row]:
     uvloop.run(_one_key(where, case, 1))
     _under_way(where, case.source)
     first, begun = where.established_bytes(case.source), time.perf_counter()
-    cpu = cpu_seconds(where.json)
+    meter = lab_meter(where.json)
     last, last_s = first, begun
     while (now_s := time.perf_counter()) - begun < BULK_SECONDS and now_s - last_s < _STALLED_S:
         time.sleep(0.25)
@@ -195,27 +198,27 @@ def _bulk(where: _Lab, case: Case, stream_bytes_per_s: float) -> Iterator[Row]:
             last, last_s = now, time.perf_counter()
     if last == first:
         raise RuntimeError(f"{case.name}: the refill stopped at once; see the log of {case.source}")
-    used = spent(where.json, cpu)
+    used = meter.used()
     in_all = _when_full(where, case.source)
     burnt = where.positions(case.hops) - before
     where.restart(case.source, 0)
     payload = (last - first) / KEY_PART_BYTES * SLOT_BYTES
     rate = payload / (last_s - begun)
     goal = "" if case.goal_gbit_s is None else f">= {case.goal_gbit_s:g} Gbit/s"
-    bulk = row(
+    yield row(
         f"{case.name}, bulk, {last_s - begun:.1f} s",
         rate * 8 / 1e9,
         "Gbit/s",
         floor=stream_bytes_per_s * 8 / 1e9,
         goal=goal,
+        cpu=used,
     )
-    bulk["cpu"] = used
-    yield bulk
     yield row(
         f"{case.name}, bulk, lane bytes per secret byte and hop",
         burnt / len(case.hops) / (in_all / KEY_PART_BYTES * SLOT_BYTES),
         "",
         goal="<= 1.02",
+        cpu=used,
     )
 
 
@@ -279,10 +282,15 @@ def _synced_bytes_per_s() -> float:
 
 def run() -> Iterator[Row]:
     """Measure; a row at a time, for it takes some minutes."""
+    meter = Meter()
     with _stream() as stream:
         stream_rate = stream()
-    yield row("bare gRPC stream over mutual TLS, 1 MiB messages", stream_rate * 8 / 1e9, "Gbit/s")
-    yield row("files of 1 MiB, each synced, one disk", _synced_bytes_per_s() * 8 / 1e9, "Gbit/s")
+    name = "bare gRPC stream over mutual TLS, 1 MiB messages"
+    yield row(name, stream_rate * 8 / 1e9, "Gbit/s", cpu=meter.used())
+    meter = Meter()
+    synced_rate = _synced_bytes_per_s()
+    name = "files of 1 MiB, each synced, one disk"
+    yield row(name, synced_rate * 8 / 1e9, "Gbit/s", cpu=meter.used())
     floor_ms = uvloop.run(_stub_ms())
     with lab("bench") as lab_json:
         where = _Lab(lab_json)

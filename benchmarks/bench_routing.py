@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from benchmarks.rows import Row, row
+from benchmarks.rows import Meter, Row, row
 from mesh.core.topology import HOP, Graph, are_disjoint, cheapest_route, disjoint_routes
 from mesh.errors import ShortageError
 
@@ -52,7 +52,9 @@ def run() -> list[Row]:
             ("3 disjoint routes over colliding sites", _disjoint, sited, ""),
         ):
             name = f"routing, {size} nodes, {what}"
-            rows.append(row(name, _median_ms(search, graph), "ms", floor=floor, goal=aim))
+            meter = Meter()
+            median_ms = _median_ms(search, graph)
+            rows.append(row(name, median_ms, "ms", floor=floor, goal=aim, cpu=meter.used()))
     return rows
 
 

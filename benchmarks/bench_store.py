@@ -8,11 +8,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from benchmarks.rows import Row, percentile, row
+from benchmarks.rows import Meter, Row, percentile, row
+from mesh.store.pads import PadFiles
 from mesh.store.store import Store
 from mesh.store.tables import ExtentRow, Tables
 
@@ -85,6 +87,31 @@ async def _commit_s(store: Store, lane_id: int) -> tuple[float, float]:
     return statistics.median(taken), percentile(taken, 99)
 
 
+def _pads(pads: PadFiles, path: Path) -> Iterator[Row]:
+    data = os.urandom(PAD_BYTES)
+    floor = PAD_BYTES / 1e6 / _floor_write_s(path, data)
+
+    def rated(what: str, nbytes: int, step: Callable[[int], object], **more: Any) -> Row:
+        meter = Meter()
+        taken_s = _median_s(step, PADS)
+        return row(f"store: {what}", nbytes / 1e6 / taken_s, "MB/s", cpu=meter.used(), **more)
+
+    def create(number: int) -> None:
+        pads.create_now(f"pad-{number}", data)
+
+    yield rated("durable pad file of 4 MiB", PAD_BYTES, create, floor=floor, goal=">= 250")
+    yield rated("pad read, 1 MiB", MIB, lambda number: pads.read(f"pad-{number}", 0, MIB))
+    yield rated(
+        "pad wipe, 1 MiB, not synced", MIB, lambda number: pads.wipe(f"pad-{number}", 0, MIB), goal=">= 250"
+    )
+    yield rated(
+        "pad removal, wiped and synced",
+        PAD_BYTES,
+        lambda number: pads.remove_now(f"pad-{number}"),
+        floor=floor,
+    )
+
+
 async def _measured(path: Path) -> list[Row]:
     store = Store.open(path / "data", kme_id="kme-a")
     proof = store.proof_path
@@ -92,35 +119,34 @@ async def _measured(path: Path) -> list[Row]:
         store.begin_incarnation(os.urandom(16))
         lane = store.commit_now(lambda tables: tables.lanes.put_lane("kme-b", True))
         floor_s = _floor_sync_s(path)
+        meter = Meter()
         median_s, p99_s = await _commit_s(store, lane.lane_id)
-        marks = await _grouped_per_s(store, lambda number: _marked(lane.lane_id, COMMITS + number))
-        uses = await _grouped_per_s(store, lambda number: _used(number * 2))
-        data = os.urandom(PAD_BYTES)
-        floor_write_s = _floor_write_s(path, data)
-        create_s = _median_s(lambda number: store.pads.create_now(f"pad-{number}", data), PADS)
-        read_s = _median_s(lambda number: store.pads.read(f"pad-{number}", 0, MIB), PADS)
-        wipe_s = _median_s(lambda number: store.pads.wipe(f"pad-{number}", 0, MIB), PADS)
-        remove_s = _median_s(lambda number: store.pads.remove_now(f"pad-{number}"), PADS)
+        used = meter.used()
+        floor = floor_s * 1e3
+        name = "store: one commit alone"
+        rows = [
+            row(f"{name}, median", median_s * 1e3, "ms", floor=floor, goal="<= 0.6", cpu=used),
+            row(f"{name}, p99", p99_s * 1e3, "ms", floor=floor, cpu=used),
+        ]
+        for what, make in (
+            ("mark moves", lambda number: _marked(lane.lane_id, COMMITS + number)),
+            ("redeems (slots used)", lambda number: _used(number * 2)),
+        ):
+            meter = Meter()
+            rate, name = await _grouped_per_s(store, make), f"store: grouped {what}"
+            rows.append(row(name, rate, "1/s", floor=1 / floor_s, goal=">= 20,000", cpu=meter.used()))
+        rows += _pads(store.pads, path)
     finally:
         store.close()
         if proof is not None:
             proof.unlink(missing_ok=True)
-    size, floor_rate = PAD_BYTES / 1e6, PAD_BYTES / 1e6 / floor_write_s
-    return [
-        row("store: one commit alone, median", median_s * 1e3, "ms", floor=floor_s * 1e3, goal="<= 0.6"),
-        row("store: one commit alone, p99", p99_s * 1e3, "ms", floor=floor_s * 1e3),
-        row("store: grouped mark moves", marks, "1/s", floor=1 / floor_s, goal=">= 20,000"),
-        row("store: grouped redeems (slots used)", uses, "1/s", floor=1 / floor_s, goal=">= 20,000"),
-        row("store: durable pad file of 4 MiB", size / create_s, "MB/s", floor=floor_rate, goal=">= 250"),
-        row("store: pad read, 1 MiB", MIB / 1e6 / read_s, "MB/s"),
-        row("store: pad wipe, 1 MiB, not synced", MIB / 1e6 / wipe_s, "MB/s", goal=">= 250"),
-        row("store: pad removal, wiped and synced", size / remove_s, "MB/s", floor=floor_rate),
-    ]
+    return rows
 
 
 _MEMORY_PROGRAM = """
 import resource, sys
 from pathlib import Path
+from mesh.store.pads import PadFiles
 from mesh.store.store import Store
 store = Store.open(Path(sys.argv[1]), kme_id="kme-a", proof_dir=Path("/nowhere"))
 rows = store.read(lambda t: t.extents.list())
@@ -161,7 +187,8 @@ def run() -> list[Row]:
     with TemporaryDirectory(dir=".") as name:
         path = Path(name).resolve()
         rows = asyncio.run(_measured(path))
-        rows.append(
-            row("store: memory with 1 GiB of pools, peak", _memory_mib(path / "big"), "MiB", goal="<= 150")
-        )
+        meter = Meter()
+        peak_mib = _memory_mib(path / "big")
+        what = "store: memory with 1 GiB of pools, peak"
+        rows.append(row(what, peak_mib, "MiB", goal="<= 150", cpu=meter.used()))
     return rows

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import Connection, Outcome, client_context
+from benchmarks.rows import Cpu, Meter, own_cpu
 from mesh.pki.authority import Pki
 
 KEYMESH = Path(sys.executable).with_name("keymesh")
@@ -32,10 +33,10 @@ def lab(network: str) -> Iterator[dict[str, Any]]:
             subprocess.run([KEYMESH, "lab", "down", *where], check=False, stdout=subprocess.DEVNULL)
 
 
-def cpu_seconds(lab_json: dict[str, Any]) -> dict[str, float]:
+def cpu_seconds(lab_json: dict[str, Any]) -> Cpu:
     """Processor seconds so far of each node, hub and gateway of a lab, and of this process."""
     ticks = os.sysconf("SC_CLK_TCK")
-    seconds = {"load": sum(os.times()[:2])}
+    seconds = own_cpu()
     for process in [*lab_json["nodes"], *lab_json["hubs"], *lab_json["gateways"]]:
         with contextlib.suppress(FileNotFoundError):
             fields = Path(f"/proc/{process['pid']}/stat").read_text().rpartition(")")[2].split()
@@ -43,12 +44,9 @@ def cpu_seconds(lab_json: dict[str, Any]) -> dict[str, float]:
     return seconds
 
 
-def spent(lab_json: dict[str, Any], before: dict[str, float]) -> dict[str, float]:
-    """Processor seconds since ``before``, by process; those that did nothing left out."""
-    after = cpu_seconds(lab_json)
-    return {
-        name: round(after[name] - before[name], 2) for name in after if after[name] - before[name] >= 0.05
-    }
+def lab_meter(lab_json: dict[str, Any]) -> Meter:
+    """Counts the processor seconds of a lab's processes, and of this one, from now on."""
+    return Meter(lambda: cpu_seconds(lab_json))
 
 
 @contextlib.asynccontextmanager

@@ -1,14 +1,19 @@
-"""One measured line: a value, the floor measured in the same run, and the goal."""
+"""One measured line: a value, the floor measured in the same run, the goal, and what it cost."""
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+Cpu = dict[str, float]
 
 
 class Row(TypedDict):
-    """``ratio`` is value over floor; ``goal`` is in words, from the project's goals."""
+    """``ratio`` is value over floor; ``goal`` is in words, from the project's goals; ``cpu`` is processor
+    seconds by process, of the measurement and its floor where both were taken in turns.
+    """
 
     name: str
     value: float
@@ -16,11 +21,44 @@ class Row(TypedDict):
     floor: float | None
     ratio: float | None
     goal: str
-    cpu: NotRequired[dict[str, float]]
+    cpu: Cpu
+
+
+def own_cpu() -> Cpu:
+    """Processor seconds so far of this process, and of the commands that it ran to their end."""
+    times = os.times()
+    return {
+        "benchmark": times.user + times.system,
+        "commands": times.children_user + times.children_system,
+    }
+
+
+class Meter:
+    """Processor seconds by process since it was made.
+
+    Args:
+        read: seconds so far by process.
+    """
+
+    def __init__(self, read: Callable[[], Cpu] = own_cpu) -> None:
+        self._read = read
+        self._before = read()
+
+    def used(self) -> Cpu:
+        """What was used; a process that did nothing is left out."""
+        used = {name: round(now - self._before.get(name, 0.0), 2) for name, now in self._read().items()}
+        return {name: seconds for name, seconds in used.items() if seconds > 0}
 
 
 def row(
-    name: str, value: float, unit: str, *, floor: float | None = None, goal: str = "", digits: int = 4
+    name: str,
+    value: float,
+    unit: str,
+    *,
+    cpu: Cpu,
+    floor: float | None = None,
+    goal: str = "",
+    digits: int = 4,
 ) -> Row:
     """Build a row; ``digits`` are significant."""
     ratio = None if not floor else float(f"{value / floor:.3g}")
@@ -31,6 +69,7 @@ def row(
         "floor": None if floor is None else float(f"{floor:.{digits}g}"),
         "ratio": ratio,
         "goal": goal,
+        "cpu": cpu,
     }
 
 
