@@ -166,7 +166,7 @@ def _read_lab(directory: Path) -> Stack:
         kme_ids=(site_a, site_b),
         other_roots={"node": (Path(node["cert"]), Path(node["key"]))},
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while stack.master.ask("GET", f"/api/v1/keys/{slave.sae_id}/status").status != 200:
         assert time.monotonic() < deadline, "the lab's gateway does not answer a status request"
         time.sleep(0.2)

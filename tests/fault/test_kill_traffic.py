@@ -22,7 +22,9 @@ from tests.torture.traffic import Caller, Traffic, wait_until_healed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 HIGH_WATER_BYTES = 131_072
 FIRST, MIDDLE, LAST = "can-site-x", "can-site-y", "can-site-z"
-HEAL_TIMEOUT_S = 60.0
+HEAL_TIMEOUT_S = 120.0
+REQUEST_TIMEOUT_S = 5.0
+"""Far below the 10 s within which a 503 must have come, on a loaded machine, too."""
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Metro:
         """Everything acknowledged can be fetched, and nothing was answered wrongly."""
         caller = Caller(self.under_test.lab, self.history, random.Random(0))
         try:
-            assert caller.fetch_all(time.monotonic() + 30), "keys cannot be fetched"
+            assert caller.fetch_all(time.monotonic() + 90), "keys cannot be fetched"
         finally:
             caller.close()
         assert not self.history.notes
@@ -48,7 +50,9 @@ def metro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Metro]:
     folder = tmp_path_factory.mktemp("metro")
     under_test = LabUnderTest(folder / "lab")
     try:
-        under_test.up(str(write_network(folder, high_water_bytes=HIGH_WATER_BYTES)))
+        under_test.up(
+            str(write_network(folder, high_water_bytes=HIGH_WATER_BYTES, request_timeout_s=REQUEST_TIMEOUT_S))
+        )
         yield Metro(under_test, History({sae["id"]: sae["node"] for sae in under_test.lab["saes"]}))
     finally:
         under_test.down()
@@ -81,19 +85,24 @@ def stored(sae: Sae, slave: str) -> int:
 def drain(metro: Metro, master: Sae, slave: Sae) -> tuple[int, Answer]:
     """Get keys and fetch each at the other end until the reserve gives no more; the last answer."""
     count = 0
-    while (answer := master.enc_keys(slave.sae_id, number=16, size_bits=1024)).status == 200:
+    deadline_s = time.monotonic() + 90
+    while True:
+        answer = master.enc_keys(slave.sae_id, number=16, size_bits=1024)
+        if answer.reason in ("busy", "deadline-exceeded") and time.monotonic() < deadline_s:
+            continue
+        if answer.status != 200:
+            return count, answer
         count += len(answer.keys) * 1024 // 256
         metro.history.acknowledged(master.sae_id, [slave.sae_id], answer.keys)
         batch = metro.history.take_just(master.sae_id, slave.sae_id, answer.keys)
         metro.history.fetched(batch, slave.dec_keys(master.sae_id, [key.key_id for key in batch.keys]).keys)
-    return count, answer
 
 
 def test_filled_reserves_outlive_etcd_and_the_relay_and_nothing_needs_repair(metro: Metro) -> None:
     """Total outage: both ends go on until the reserve is empty, then 503 with a reason, then recovery."""
     under_test = metro.under_test
     master, slave = Sae(under_test.lab, "sae-x-1"), Sae(under_test.lab, "sae-z-1")
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 90
     while stored(master, slave.sae_id) < HIGH_WATER_BYTES // 32 * 3 // 4:
         assert time.monotonic() < deadline_s, stored(master, slave.sae_id)
         time.sleep(0.2)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from mesh.core.transfer import KEY_PART_BYTES, SLOT_BYTES
 from mesh.directory.document import encode_body, sign
 from mesh.directory.etcd import EtcdClient, EtcdTls
 from mesh.directory.etcd_directory import document_key, domain_prefix
@@ -36,6 +38,8 @@ from tests.torture.traffic import wait_until_healed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 X, Y, Z = "can-site-x", "can-site-y", "can-site-z"
 HIGH_WATER_BYTES = 65_536
+REQUEST_TIMEOUT_S = 5.0
+"""Far below the 10 s within which a 503 must have come, on a loaded machine, too."""
 POOL = {"pool_max_bytes": 4 << 20, "initial_bytes": 8 << 20}
 """Pools that a test can empty."""
 
@@ -50,7 +54,10 @@ class Metro:
     def __init__(self, folder: Path) -> None:
         self.root = folder
         self.under_test = LabUnderTest(folder / "lab")
-        self.under_test.up(str(write_network(folder, high_water_bytes=HIGH_WATER_BYTES, links=POOL)))
+        network = write_network(
+            folder, high_water_bytes=HIGH_WATER_BYTES, links=POOL, request_timeout_s=REQUEST_TIMEOUT_S
+        )
+        self.under_test.up(str(network))
         lab = self.under_test.lab
         self.new_history()
         self.x, self.z = Sae(lab, "sae-x-1"), Sae(lab, "sae-z-1")
@@ -69,7 +76,7 @@ class Metro:
 
     def heal(self) -> None:
         """Wait until every pair of SAEs gets keys again."""
-        wait_until_healed(self.under_test.lab, self.history, timeout_s=60)
+        wait_until_healed(self.under_test.lab, self.history, timeout_s=120)
         assert not self.history.notes
 
     def keys(self, number: int = 1) -> list[Key]:
@@ -96,7 +103,7 @@ class Metro:
 
     def until_alarm(self, node: str, alarm_id: str, *, is_open: bool = True) -> dict[str, Any]:
         """Wait for an alarm to be raised, or cleared."""
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 90
         while True:
             alarms = self.alarms(node)
             if (alarm_id in alarms) is is_open:
@@ -109,7 +116,7 @@ class Metro:
         return Path(next(entry["dir"] for entry in self.under_test.lab["nodes"] if entry["id"] == node))
 
 
-def until_ok(call: Callable[[], Answer], *, timeout_s: float = 30.0) -> Answer:
+def until_ok(call: Callable[[], Answer], *, timeout_s: float = 90.0) -> Answer:
     """Repeat until 200."""
     deadline_s = time.monotonic() + timeout_s
     while True:
@@ -170,10 +177,13 @@ def test_a_hanging_device_is_alarmed_the_lanes_serve_on_and_empty_pools_are_503(
         assert link["state"] == "open"
         assert link["device_state"] != "ready"
         kept = metro.keys(2)
-        deadline_s = time.monotonic() + 60
-        while (answer := metro.x.enc_keys("sae-z-1", number=128, size_bits=4096)).status == 200:
-            assert time.monotonic() < deadline_s
-        assert (answer.status, answer.reason) == (503, "out-of-material")
+        deadline_s = time.monotonic() + 120
+        others: Counter[str] = Counter()
+        while (answer := metro.x.enc_keys("sae-z-1", number=128, size_bits=4096)).reason != "out-of-material":
+            assert answer.status in (200, 503)
+            others[answer.reason] += answer.status == 503
+            assert time.monotonic() < deadline_s, others
+        assert answer.status == 503
         assert answer.took_s < 10
         assert int(answer.headers["retry-after"]) >= 1
         # What was promised is kept, what needs no pad of that link goes on, a tail stays for the link itself.
@@ -260,8 +270,9 @@ def test_a_target_that_does_not_answer_is_503_in_time_and_costs_little(metro: Me
         assert int(answer.headers["retry-after"]) >= 1
         before = burnt(metro, X)
         assert metro.x.enc_keys("sae-z-1", number=16).status == 503
-        # One transfer for one key, and at most the refills that were due: nothing is retried in a loop.
-        assert burnt(metro, X) - before < 65_536
+        # One transfer for the keys, and refills that shrink with each loss: nothing is retried in a loop,
+        # which would burn twice what the reserve takes over and over.
+        assert burnt(metro, X) - before < 2 * HIGH_WATER_BYTES // KEY_PART_BYTES * SLOT_BYTES
         # What does not need the target goes on.
         assert until_ok(lambda: metro.x.enc_keys("sae-y-1")).status == 200
     finally:
@@ -299,7 +310,7 @@ def ask_alarms(metro: Metro, config: dict[str, Any]) -> str:
     return metro.under_test.run("alarms", *words, "--cert", tool["cert"], "--key", tool["key"]).stdout
 
 
-def until_ready_says(http: str, text: str, *, timeout_s: float = 40.0) -> None:
+def until_ready_says(http: str, text: str, *, timeout_s: float = 120.0) -> None:
     """Wait until a node says on /readyz why it does not serve."""
     deadline_s = time.monotonic() + timeout_s
     said = ""
@@ -353,7 +364,7 @@ def test_a_restored_snapshot_is_refused_until_the_operator_resets_its_links(metr
     shutil.copytree(snapshot, metro.data_of(Z))
     assert under_test.restart(Z)
     seen = []
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 120
     revealed = f"link/{Y}/rolled-back"
     while revealed not in (alarms := metro.alarms(Z)) and time.monotonic() < deadline_s:
         with contextlib.suppress(NotSentError, CutError):

@@ -25,20 +25,29 @@ _COMMAND_TIMEOUT_S = 130.0
 _UP_TIMEOUT_S = 130.0
 
 
-def write_network(folder: Path, *, high_water_bytes: int, links: Mapping[str, Any] | None = None) -> Path:
+def write_network(
+    folder: Path,
+    *,
+    high_water_bytes: int,
+    links: Mapping[str, Any] | None = None,
+    request_timeout_s: float = 8.0,
+) -> Path:
     """The shipped metro with the pad audit on and another high-water mark; 0 means keys on demand only.
 
     Args:
         folder: for the file.
         high_water_bytes: of every reserve.
         links: settings of all links that differ.
+        request_timeout_s: of every node.
     """
     shipped = Path(networks.__file__).parent / "networks" / "metro.yaml"
     source = yaml.safe_load(shipped.read_text(encoding="utf-8"))
     source["links"] = [link | dict(links or {}) for link in source["links"]]
     reserves = {"high_water_bytes": high_water_bytes, "prefill": high_water_bytes > 0}
     path = folder / "metro.yaml"
-    text = yaml.safe_dump(source | {"pad_audit": True, "reserves": reserves}, sort_keys=False)
+    limits = source.get("limits", {}) | {"request_timeout_s": request_timeout_s}
+    own = {"pad_audit": True, "reserves": reserves, "limits": limits}
+    text = yaml.safe_dump(source | own, sort_keys=False)
     path.write_text(text, encoding="utf-8")
     return path
 

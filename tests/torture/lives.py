@@ -46,7 +46,7 @@ HOMES = {sae: entry["home"] for sae, entry in LINE["saes"].items()}
 MATERIAL_BYTES = 1 << 20
 """What the devices of a link give in one life."""
 FAILPOINT_WAIT_S = 5.0
-HEAL_TIMEOUT_S = 60.0
+HEAL_TIMEOUT_S = 120.0
 WORKERS = 4
 _MAX_OPEN = 200
 
