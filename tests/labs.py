@@ -36,7 +36,7 @@ def lab_json(root: Path) -> dict[str, Any]:
 
 
 def play(root: Path, scenario: str, *options: str) -> str:
-    """Play a scenario; what it printed."""
-    run = keymesh("lab", "run", "--dir", str(root), "--scenario", scenario, *options)
+    """Play a scenario; what it printed. It may wait twice 60 s, for a name or keys, and drain reserves."""
+    run = keymesh("lab", "run", "--dir", str(root), "--scenario", scenario, *options, timeout_s=280.0)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from mesh.client import operator
+from mesh.core.collector import Verdict
 from mesh.core.network import Grade, GradeKind
 from mesh.core.network_parse import parse_document
 from mesh.errors import ConfigError, ErrorReason, IntegrityError, MeshError, UnavailableError
@@ -253,24 +254,26 @@ class Stage:
         links = operator.as_plain(operator.ask(target, "links"))["links"]
         return [f"{end} -- {link['peer_kme_id']}" for link in links if link["state"] != "open"]
 
-    def expect_named(self, member: str, words: tuple[str, ...]) -> None:
-        """Wait until an alarm or a log line of an end names ``member`` together with one of ``words``.
+    def expect_named(self, member: str, verdict: Verdict) -> None:
+        """Wait until an alarm or a log line of an end gives ``member``, on a route, that verdict.
 
         Raises:
             IntegrityError: none does in time.
         """
         deadline_s = time.monotonic() + _NAMED_S
         while time.monotonic() < deadline_s:
-            alarms = [text for text, count in self._alarms().items() if count > self._old_alarms.get(text, 0)]
+            alarms = [
+                alarm for alarm, count in self._alarms().items() if count > self._old_alarms.get(alarm, 0)
+            ]
             for text in [*alarms, *self._log_lines()]:
-                if member in text and any(word in text for word in words):
-                    self.say(f"{member} is named: {text[:300]}")
+                if names(text, member, verdict):
+                    self.say(f"{member} is named as {verdict.value}: {text[:300]}")
                     return
             time.sleep(_POLL_S)
-        raise _broken(f"nothing names {member} as {' or '.join(words)}")
+        raise _broken(f"nothing names {member} as {verdict.value}")
 
     def _alarms(self) -> dict[str, int]:
-        """Open alarms of both ends as texts, and how often each was raised."""
+        """Open alarms of both ends, each as JSON, and how often it was raised."""
         found: dict[str, int] = {}
         for end in (self.master["node"], self.slave["node"]):
             (target,) = operator_targets(self.directory.root, end)
@@ -279,11 +282,12 @@ class Stage:
             except MeshError:
                 continue
             for alarm in answer["alarms"]:
-                found[f"{end}: {alarm['alarm_id']}: {alarm['message']}"] = alarm["count"]
+                facts = {"end": end, "alarm_id": alarm["alarm_id"], "message": alarm["message"]}
+                found[json.dumps(facts)] = alarm["count"]
         return found
 
     def _log_lines(self) -> list[str]:
-        """What both ends have logged since this scenario began, as one text per event."""
+        """What both ends have logged since this scenario began, a JSON text per event."""
         texts = []
         for node in self.lab["nodes"]:
             if node["id"] in (self.master["node"], self.slave["node"]):
@@ -291,6 +295,22 @@ class Stage:
                     log.seek(self._logs[node["id"]])
                     texts += [line.decode(errors="replace").strip() for line in log]
         return texts
+
+
+def names(text: str, member: str, verdict: Verdict) -> bool:
+    """Whether a log line or an alarm, as JSON, gives a route through ``member`` that verdict."""
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return False  # the last line, half written
+    if facts.get("logger") == "keymesh.routes":
+        subject = ["route", facts["via"], facts["verdict"]]
+    else:
+        subject = facts.get("alarm_id", "").split("/")
+    match subject:
+        case ["route", via, said]:
+            return said == verdict.value and member in via.split("+")
+    return False
 
 
 def _broken(text: str) -> IntegrityError:
@@ -327,27 +347,24 @@ def check_refusal(refusal: RefusedError, seconds: float) -> None:
         raise _broken(f"refused after {seconds:.1f} s, not with 503 and a reason: {refusal}")
 
 
-_SILENT = ("suspects", "culprits", "silent", "missing")
-
-
 def hub_killed(stage: Stage) -> None:
     """One hub is killed: keys still come, and it is named."""
     hub = stage.hubs[1]
     stage.settle()
     with stage.broken([hub]):
         stage.exchange()
-        stage.expect_named(hub, _SILENT)
+        stage.expect_named(hub, Verdict.SILENT)
 
 
 def hub_liar(stage: Stage) -> None:
-    """One hub lies: keys still come, none is wrong, and it is named."""
+    """One hub lies: keys still come, none is wrong, and it is convicted."""
     hub = stage.hubs[0]
     stage.needed_stand_in()
     stage.settle()
     with stage.replaced(hub):
         stage.wait_for_links()
         stage.exchange()
-        stage.expect_named(hub, ("culprits", "suspects"))
+        stage.expect_named(hub, Verdict.LIED)
 
 
 def cut_link(stage: Stage) -> None:
@@ -356,7 +373,7 @@ def cut_link(stage: Stage) -> None:
     stage.settle()
     with stage.broken([relay]):
         stage.exchange()
-        stage.expect_named(neighbour, _SILENT)
+        stage.expect_named(neighbour, Verdict.SILENT)
 
 
 def hubs_dead(stage: Stage) -> None:

@@ -151,7 +151,8 @@ class RouteWatch:
             extra={
                 "source": source,
                 "target": target,
-                "role": _WORDS[verdict],
+                "verdict": verdict.value,
+                "via": via(route),
                 "route": "-".join(route),
                 "seen_by": seen_by,
                 "more": left_out,

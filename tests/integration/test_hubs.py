@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+import yaml
 
 from mesh.client import operator
 from mesh.client import psrd as psrd_client
@@ -19,12 +20,15 @@ from mesh.core.policy import Rate
 from mesh.core.transfer import TransferHeader
 from mesh.errors import ConfigError, ErrorReason, MeshError, NotAuthorizedError
 from mesh.hub.policy import HubRule, RulePolicy
+from mesh.node import node
+from mesh.node.config import LinkSection
 from mesh.ops.tls import TlsFiles
 from mesh.rpc.channels import ChannelPool
 from mesh.rpc.roles import ADMITTED
 from mesh.rpc.status import error_from_rpc
 from mesh.v1 import admin_pb2, keys_pb2, keys_pb2_grpc, peer_pb2, peer_pb2_grpc
 from tests.fakes.hub_network import DOMAIN, NODES, HubNetwork, document
+from tests.fakes.link_sites import DeviceEnd, DevicePair
 
 pytestmark = pytest.mark.slow
 
@@ -176,8 +180,7 @@ async def test_no_route_ends_at_a_hub_and_only_granted_ones_pass(ocean: HubNetwo
     for number, (came_from, shares) in enumerate(bad, start=1):
         router.on_shares(came_from, shares)
         assert router.dropped == number
-    await asyncio.sleep(0.1)
-    assert usable() == before
+    # Had one of them been queued, it would be sent before the good one.
     router.on_shares("kme-a", share(good))
     assert router.dropped == len(bad)
     await until(lambda: sum(usable()) == sum(before) - 32 - good.length_bytes)
@@ -204,6 +207,41 @@ async def test_policy_is_asked_before_second_leg_pad_is_spent(tmp_path: Path) ->
         refused = network.node("hub-1").metrics.render().decode()
         assert 'keymesh_hub_shares_refused_total{reason="quota-exceeded",source="kme-a"}' in refused
         assert 'keymesh_hub_shares_refused_total{reason="not-authorized",source="kme-b"}' in refused
+    finally:
+        await network.stop()
+
+
+# --- supply by a device ------------------------------------------------------------------
+
+
+async def test_a_qkd_link_may_feed_a_hubs_lanes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``links[].device`` at a hub and at one client; couriers supply the other."""
+    network = HubNetwork(tmp_path, hubs=("hub-1",), grade="dske(1,1)")
+    await network.supply("hub-1", "kme-b")
+    pair = DevicePair(budget_bytes=4 << 20)
+    ends = {"device-of-hub-1": pair.leader, "device-of-kme-a": pair.follower}
+    for own, peer in (("hub-1", "kme-a"), ("kme-a", "hub-1")):
+        config = yaml.safe_load(network.path(own).read_text())
+        (link,) = (link for link in config["links"] if link["peer"] == peer)
+        link["device"] = {
+            **config["tls"],
+            "url": "https://localhost",
+            "sae_id": f"device-of-{own}",
+        }
+        network.path(own).write_text(yaml.safe_dump(config))
+
+    def build_source(section: LinkSection) -> DeviceEnd | None:
+        return None if section.device is None else ends[section.device.sae_id]
+
+    monkeypatch.setattr(node, "build_source", build_source)
+    await network.start()
+    try:
+        await network.until_open()
+        for master, slave in (("sae-a", "sae-b"), ("sae-b", "sae-a")):
+            drawn = await network.draw(master, slave)
+            assert drawn.grade == "dske(1,1)"
+            assert (await network.redeem(slave, master, drawn)).keys == drawn.keys
+        assert pair.made_bytes > 0
     finally:
         await network.stop()
 
@@ -277,19 +315,13 @@ async def test_supply_while_everything_runs(tmp_path: Path) -> None:
 
 async def test_one_dead_hub_is_no_loss_two_are_a_shortage_that_mends_itself(ocean: HubNetwork) -> None:
     await ocean.stop("hub-1")
-    async with asyncio.timeout(2):  # at once: k = 2 of the n = 3 routes are up
+    async with asyncio.timeout(10):  # without waiting for it: k = 2 of the n = 3 routes are up
         drawn = await ocean.draw("sae-a", "sae-b")
     assert (await ocean.redeem("sae-b", "sae-a", drawn)).keys == drawn.keys
     await ocean.stop("hub-2")
     with pytest.raises(MeshError) as caught:
         await ocean.draw("sae-a", "sae-b")
-    assert caught.value.reason in {
-        ErrorReason.GRADE_UNAVAILABLE,
-        ErrorReason.NO_ROUTE,
-        ErrorReason.DEADLINE_EXCEEDED,
-        ErrorReason.PEER_UNREACHABLE,
-        ErrorReason.OUT_OF_MATERIAL,
-    }
+    assert caught.value.reason is ErrorReason.GRADE_UNAVAILABLE
     await ocean.start("hub-2")
     await ocean.until_open("hub-2")
     drawn = await ocean.draw("sae-a", "sae-b")

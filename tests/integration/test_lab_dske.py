@@ -13,7 +13,7 @@ from mesh.lab.networks import load_network
 from mesh.lab.ready import encryptor, get_plain
 from tests.labs import keymesh, lab_json, play, running_lab
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LIAR = Path(__file__).parents[1] / "liar_hub.py"
 GRADE = "dske(2,3)"
 ONE_WAY_MS = 42.0

@@ -13,7 +13,7 @@ from mesh.lab.networks import load_network
 from mesh.lab.ready import encryptor
 from tests.labs import keymesh, lab_json, play, running_lab
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
