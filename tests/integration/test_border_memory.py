@@ -115,12 +115,14 @@ async def test_what_settled_is_remembered_from_then_on(
 async def test_the_same_key_is_welcome_for_as_long_as_it_is_remembered(tmp_path: Path) -> None:
     """Its bytes are gone as soon as its target has them."""
     async with joined(tmp_path) as both:
-        key = fresh()
+        key = replace(fresh(), extension=b'{"E32473_a":1}')
         said = heard(both)
         await hand_over(both, key)
         await until(lambda: said == [(AckStatus.RELAYED, key.key_id)])
         (row,) = both.border("uk-x").read(lambda tables: tables.border.everywhere(key.key_id))
-        assert row.value == b""
+        assert (row.value, row.extension) == (b"", b"")
+        exchange = both.border("uk-x").read(lambda tables: tables.border.exchange(row.exchange_id))
+        assert exchange.extension == b""
         await both.restart("uk-x")
         both.uk.clock.offset_s += 3600
         await hand_over(both, key)

@@ -59,6 +59,7 @@ def post(number: int) -> PostRow:
 HOT: dict[str, Callable[[Tables], object]] = {
     "put": crossing(1, "uk", Outbound.QUEUED, settled_s=0),
     "settle": lambda t: t.border.set_settled(named(1), 4),
+    "wipe extensions": lambda t: t.border.wipe_extensions(named(1)),
     "callback": lambda t: t.border.set_callback(named(1), "x"),
     "exchange": lambda t: t.border.exchange(named(1)),
     "exchanges of a job": lambda t: t.border.exchanges_for("kme-a", named(1)),
@@ -164,10 +165,3 @@ def test_both_halves_of_a_key_in_transit_are_forgotten_together(store: Store) ->
     assert store.commit_now(lambda tables: tables.border.forget_settled("can", 20, 9)) == 0
     assert store.commit_now(lambda tables: tables.border.forget_settled("uk", 21, 9)) == 1
     assert store.read(lambda tables: tables.border.count_states()) == {}
-
-
-def test_what_is_settled_keeps_no_extensions(store: Store) -> None:
-    store.commit_now(crossing(1, "can", Inbound.RELAYED, settled_s=0))
-    store.commit_now(lambda tables: tables.border.set_settled(named(1), 3))
-    assert store.read(lambda tables: tables.border.exchange(named(1))).extension == b""
-    assert store.read(lambda tables: tables.border.keys(named(1)))[0].extension == b""

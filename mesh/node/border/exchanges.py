@@ -27,6 +27,8 @@ from mesh.node.border.routing import Refused
 from mesh.node.keyports import Surroundings
 from mesh.store.tables import BorderKeyRow, CarryRow, ExchangeRow, KeyState, StoredKeyRow, Tables
 
+Counts = dict[tuple[bool, str], int]
+
 GRADE = "etsi020"
 _SETTLED = {True: SETTLED_OUTBOUND, False: SETTLED_INBOUND}
 _MAC_KEY, _MAC_BYTES = "border_mac_key", 16
@@ -45,11 +47,10 @@ class Exchanges:
 
     def has_room(self, tables: Tables, peers: Iterable[str], count: int) -> bool:
         """Whether so many more keys may be under way towards each of these peers."""
-        return all(self._room(tables, peer, is_outbound=True) >= count for peer in peers)
+        return all(self._room(tables.border.count_of(peer), is_outbound=True) >= count for peer in peers)
 
-    def _room(self, tables: Tables, peer: str, *, is_outbound: bool) -> int:
-        counts = tables.border.count_of(peer).items()
-        ours = [(state, number) for (way, state), number in counts if way is is_outbound]
+    def _room(self, counts: Counts, *, is_outbound: bool) -> int:
+        ours = [(state, number) for (way, state), number in counts.items() if way is is_outbound]
         unsettled = sum(number for state, number in ours if state not in _SETTLED[is_outbound])
         return self._config.max_open_keys - unsettled
 
@@ -59,16 +60,19 @@ class Exchanges:
         Raises:
             ShortageError: BUSY.
         """
-        if self._room(tables, peer, is_outbound=is_outbound) < count:
+        counts = tables.border.count_of(peer)
+        if self._room(counts, is_outbound=is_outbound) < count:
             raise ShortageError(
                 "too many keys are under way with this peer", reason=ErrorReason.BUSY, retry_after_s=30.0
             )
-        self.bound_memory(tables, peer, count)
+        self._bound(tables, peer, counts, count)
 
     def bound_memory(self, tables: Tables, peer: str, count: int) -> None:
         """Forgets the oldest settled keys of a peer where so many more would be too many."""
-        counts = tables.border.count_of(peer).items()
-        settled = sum(number for (way, state), number in counts if state in _SETTLED[way])
+        self._bound(tables, peer, tables.border.count_of(peer), count)
+
+    def _bound(self, tables: Tables, peer: str, counts: Counts, count: int) -> None:
+        settled = sum(number for (way, state), number in counts.items() if state in _SETTLED[way])
         if (excess := settled + count - self._config.max_settled_keys) > 0:
             tables.border.forget_settled(peer, int(self._around.now_s()) + 1, excess)
 

@@ -473,6 +473,9 @@ class Ledger:
         if is_settled != (exchange.settled_s > 0):
             settled_s = int(self._ports.now_s()) if is_settled else 0
             self._border.set_settled(exchange.exchange_id, settled_s)
+            # What is settled is kept for long, and nobody needs extensions any more.
+            if is_settled and (exchange.extension or any(key.extension for key in keys)):
+                self._border.wipe_extensions(exchange.exchange_id)
             self._exchanges[exchange.exchange_id] = replace(exchange, settled_s=settled_s)
         to_post = {key.key_id for key in keys if key.state in (Outbound.QUEUED, Outbound.POSTED)}
         to_void = [key.key_id for key in keys if needs_void(key)]

@@ -174,17 +174,13 @@ class Border(Table):
         )
 
     def set_settled(self, exchange_id: bytes, settled_s: int) -> None:
-        """Since when nothing is under way about the exchange; 0: something is.
-
-        What is settled is kept for long, so that extensions, which nobody needs any more, go.
-        """
+        """Since when nothing is under way about the exchange; 0: something is."""
         self._run("UPDATE border_exchanges SET settled_s = ? WHERE exchange_id = ?", settled_s, exchange_id)
-        if settled_s:
-            for table in ("border_exchanges", "border_keys"):
-                self._run(
-                    f"UPDATE {table} SET extension = x'' WHERE exchange_id = ? AND extension != x''",
-                    exchange_id,
-                )
+
+    def wipe_extensions(self, exchange_id: bytes) -> None:
+        """Those of an exchange and of its keys are not passed on any more."""
+        for table in ("border_exchanges", "border_keys"):
+            self._run(f"UPDATE {table} SET extension = x'' WHERE exchange_id = ?", exchange_id)
 
     def set_callback(self, exchange_id: bytes, callback: str) -> None:
         """Where the results of an exchange go from now on."""
