@@ -29,7 +29,7 @@ def test_the_result_is_a_list_of_rows_that_say_what_they_cost(
     assert isinstance(rows, list)
     assert len(rows) > 10
     assert all(row.keys() == FIELDS for row in rows)
-    assert any(row["cpu"].get("benchmark", 0) > 0 for row in rows)
+    assert sum(row["cpu"].get("benchmark", 0) > 0 for row in rows) > 5
     machine = json.loads((tmp_path / "build/bench/machine.json").read_text())
     assert machine.keys() == {"cpu", "cores", "python", "commit"}
 
