@@ -258,9 +258,9 @@ class Collector:
 
     def _compare(self, entry: _Pending) -> list[Outcome]:
         """A share came after the secret had verified; unjudged if those before it were let go."""
-        indexed = entry.indexed()
-        if not indexed:
+        if not entry.shares:
             return []
+        indexed = entry.indexed()
         late = next(reversed(indexed))
         expected = sharing.evaluate({x: indexed[x] for x in entry.used}, late)
         if expected == indexed[late] and not entry.blame.named:

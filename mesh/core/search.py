@@ -79,6 +79,7 @@ class Search:
         self._accept = accept
         self._randomness = randomness
         self._blind_bytes = max_blind_bytes
+        self._size = 0
         self._shares: dict[int, Buffer] = {}
         self._combination: Combination | None = None
         self._digests: dict[int, bytes] = {}
@@ -94,8 +95,9 @@ class Search:
         """
         if not 1 <= index <= MAX_SHARES or index in self._shares:
             raise ValueError(f"share indices are 1 to {MAX_SHARES}, each once")
-        if self._shares and len(share) != len(next(iter(self._shares.values()))):
+        if self._shares and len(share) != self._size:
             raise ValueError("shares differ in length")
+        self._size = len(share)
         self._shares[index] = share
         self._start()
 
@@ -108,22 +110,18 @@ class Search:
 
     def run(self, most_bytes: float = float("inf")) -> Found | None:
         """Tries subsets, one at least if there is one, until about so many share bytes were combined."""
-        while most_bytes > 0:
+        while most_bytes > 0 and not self.is_over:
             subset = next(self._todo, None)
             if subset is None:
                 self.is_over = True
-                return None
+                break
             self._tried.add(_bits(subset))
             chosen = {index: self._shares[index] for index in subset}
-            most_bytes -= self._cost + _TRY_BYTES
+            most_bytes -= self._k * self._size + _TRY_BYTES
             secret = combine(chosen)
             if self._accept(secret):
                 return Found(secret, tuple(sorted(subset)))
         return None
-
-    @property
-    def _cost(self) -> int:
-        return self._k * len(next(iter(self._shares.values())))
 
     def _start(self) -> None:
         self.is_over = len(self._shares) < self._k
@@ -148,7 +146,7 @@ class Search:
                 yield subset
 
     def _spend_blindly(self) -> bool:
-        self._blind_bytes -= self._cost
+        self._blind_bytes -= self._k * self._size
         return self._blind_bytes >= 0
 
     def _polynomials(self) -> dict[frozenset[int], tuple[int, ...]]:
@@ -156,11 +154,10 @@ class Search:
         count = len(self._shares)
         if self._randomness is None or count <= self._k:
             return {}
-        size = len(next(iter(self._shares.values())))
-        if size <= BULK_BYTES and comb(count, self._k) <= _FEW_SUBSETS:
+        if self._size <= BULK_BYTES and comb(count, self._k) <= _FEW_SUBSETS:
             return {}
         if self._combination is None:
-            self._combination = Combination(size, self._randomness)
+            self._combination = Combination(self._size, self._randomness)
         for index, share in self._shares.items():
             if index not in self._digests:
                 self._digests[index] = self._combination.of(share)
