@@ -612,7 +612,7 @@ async def test_3_9_a_source_cannot_fill_the_target_without_end(tmp_path: Path) -
 
 async def test_3_9_what_a_target_holds_and_its_source_gave_up_is_let_go(tmp_path: Path) -> None:
     """The way back is cut: transfer after transfer lies at the target, the source never learns of one."""
-    network = KeyNetwork(tmp_path, LINE, config=replace(HASTY, request_timeout_s=1.0))
+    network = KeyNetwork(tmp_path, LINE, config=replace(HASTY, request_timeout_s=2.5))
     network.config = replace(network.config, inbound_max_bytes=32 * 20)
     await network.start()
     try:
@@ -620,7 +620,7 @@ async def test_3_9_what_a_target_holds_and_its_source_gave_up_is_let_go(tmp_path
         for _ in range(3):
             with pytest.raises(MeshError):
                 await network.get("sae-a", "sae-c", 10)
-        assert network.plane("kme-c").reserves.held_inbound_slots("kme-a") == 20
+        await until(lambda: network.plane("kme-c").reserves.held_inbound_slots("kme-a") == 20)
         network.on_call = lambda *_: True
         with pytest.raises(MeshError):
             await network.get("sae-a", "sae-c")

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from mesh.node import keyplane
 from mesh.node.services.keys import KeyDeliveryService
 from mesh.v1 import keys_pb2 as pb
 from tests.fakes.key_network import LINE, KeyNetwork
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 5.0
+MARGIN_S = 2.0
+"""In place of the node's own: more than a busy machine sleeps through."""
 
 
 @pytest.fixture
@@ -27,8 +30,9 @@ async def line(tmp_path: Path) -> AsyncIterator[KeyNetwork]:
 
 @pytest.mark.parametrize("cut", [("deposit",), ("confirm", "query")], ids=["hand-over", "establish"])
 async def test_keys_drawn_for_others_are_answered_although_one_element_waits_for_a_dead_target(
-    line: KeyNetwork, cut: tuple[str, ...]
+    line: KeyNetwork, cut: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(keyplane, "_ANSWER_MARGIN_S", MARGIN_S)
     for slave in ("sae-b", "sae-c"):
         await line.get("sae-a", slave)
     quick = pb.KeyRequest(master_sae_id="sae-a", slave_sae_id="sae-b", number=1, size_bytes=32)
@@ -42,7 +46,7 @@ async def test_keys_drawn_for_others_are_answered_although_one_element_waits_for
     )
     began_s = asyncio.get_running_loop().time()
     answer = await service._deliver(batch, None)
-    assert asyncio.get_running_loop().time() - began_s < TIMEOUT_S - 0.1
+    assert asyncio.get_running_loop().time() - began_s < TIMEOUT_S
     assert [result.WhichOneof("result") for result in answer.results] == ["keys", "failure"]
     key = answer.results[0].keys.keys[0]
     assert (await line.redeem("sae-b", "sae-a", [key.key_id])).keys == [(key.key_id, key.value)]

@@ -57,7 +57,7 @@ class NodeThread:
             self._server = None
 
     def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
 
 @dataclass

@@ -56,7 +56,7 @@ async def filled(tmp_path: Path) -> AsyncIterator[KeyNetwork]:
         prefill=True,
         high_water_bytes=_FILL_BYTES,
         low_water_bytes=_FILL_BYTES - 16 * 1024,
-        request_timeout_s=3.0,
+        request_timeout_s=8.0,
     )
     network = KeyNetwork(tmp_path, _document(1, "trusted-relay"), config=config)
     await network.start()
@@ -115,12 +115,12 @@ async def test_nothing_is_sealed_with_slots_of_the_old_grade(filled: KeyNetwork)
     """A deposit holds keys: what is sealed with less than the pair's grade has that grade."""
     message = SealedMessage(void_keys=VoidKeys(master_sae_id="sae-a", key_ids=[bytes(16)]))
     jobs = filled.plane("kme-a").jobs
-    assert (await jobs.send("kme-z", message, timeout_s=3.0)).applied
+    assert (await jobs.send("kme-z", message, timeout_s=30.0)).applied
     assert filled.plane("kme-a").reserves.outbound["kme-z"].slots.sealed_slots
     _cut_hubs(filled)
     filled.set_document(_document(2, "dske(2,3)"))
     with pytest.raises(ShortageError) as caught:
-        await jobs.send("kme-z", message, timeout_s=3.0)
+        await jobs.send("kme-z", message, timeout_s=20.0)
     assert caught.value.reason is ErrorReason.GRADE_UNAVAILABLE
 
 
