@@ -34,8 +34,16 @@ class KeyMetrics:
         self.established_bytes = metrics.counter(
             "established_key_bytes", "Key bytes established as source.", ["grade"]
         )
+        self.keys_asked = metrics.counter(
+            "keys_asked",
+            "Keys that gateways and tools asked for, before any check; method is draw or redeem.",
+            ["method"],
+        )
         self.keys_refused = metrics.counter(
             "keys_refused", "Calls for keys that failed; method is draw or redeem.", ["method", "reason"]
+        )
+        self.stored_expired = metrics.counter(
+            "stored_keys_expired", "Keys of the key store whose life ended with slaves that had not asked."
         )
         self.unfetched_bytes = metrics.counter(
             "reserve_unfetched_bytes",

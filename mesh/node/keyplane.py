@@ -301,7 +301,8 @@ class KeyPlane:
     async def _expire_stored(self) -> None:
         now_s = int(self.expiry.now_s)
         try:
-            await self._store.commit(lambda tables: tables.keystore.expire(now_s))
+            expired = await self._store.commit(lambda tables: tables.keystore.expire(now_s))
+            self._around.metrics.stored_expired.inc(len(expired))
             await self._store.commit(
                 lambda tables: tables.keystore.forget_tombstones(now_s - _TOMBSTONE_DAYS * 86_400)
             )
@@ -458,6 +459,7 @@ class KeyPlane:
         Requests that the reserves can answer are answered without any wait, the others before
         ``timeout_s``: a caller that no longer waits would lose what was drawn for all of them.
         """
+        self._around.metrics.keys_asked.labels("draw").inc(sum([one.number for one in requests]))
         results: list[Delivered | None] = []
         waiting: list[tuple[int, _Admitted]] = []
         for request in requests:
@@ -558,6 +560,7 @@ class KeyPlane:
         saes: Sequence[str] | None = None,
     ) -> list[Delivered]:
         """Keys for slaves by ID: one result per request, in order; all share one durable commit."""
+        self._around.metrics.keys_asked.labels("redeem").inc(sum([len(one.key_ids) for one in requests]))
         limit_s = self._limit_s(timeout_s)
         return list(await asyncio.gather(*(self._redeem(request, limit_s, saes) for request in requests)))
 

@@ -65,6 +65,10 @@ async def test_levels_rates_and_counts_of_a_node_its_reserve_and_its_hub(ocean: 
     assert at_source["reserve_use_bytes_per_second", "kme-b"] > 0
     assert at_source["reserve_seconds_to_empty", "kme-b"] >= 0
     assert at_target["keys_refused_total", "redeem", "unknown-key"] == 1
+    # Asked for counts what was refused, too.
+    assert at_source["keys_asked_total", "draw"] == 4
+    assert at_target["keys_asked_total", "redeem"] == 4 + 4
+    assert at_target["stored_keys_expired_total",] == 0
     assert at_source["establishes_total", "dske(1,1)", "ok"] == 1
     assert at_source["rpc_seconds_count", "/mesh.v1.Peer/Confirm"] == 1
     for page in (at_source, at_target, at_hub):
