@@ -144,6 +144,9 @@ class Buffers:
     async def run(self) -> None:
         """Fills and ages until cancelled."""
         age_at_s = self._around.monotonic_s()
+        for stock in self._stocks.values():
+            # Fills of a run that broke are over, some before they began.
+            stock.filling = 0
         async with asyncio.TaskGroup() as group:
             while True:
                 for stock in self._stocks.values():

@@ -1,10 +1,11 @@
-"""Keys for SAEs of other owners, where their master is homed: handed over first, released then.
+"""Keys that others must hold before their master may: handed over first, released then.
 
-Owns that a master gets such a key only when the far end has acknowledged it, and that a ``relayed``
-nobody waits for becomes a void (protocol 6.2), also across a crash. What is under way is a durable job
-towards the border; deleting it, in one commit with whatever keeps the keys, is what decides that they
-are released. Keys that are released just as their caller leaves are voided, too. Nothing here speaks to
-foreign key managers; ready-made keys are in ``mesh.node.buffers``.
+Owns, where the master is homed, that it gets a key for several slaves, or for one of another owner, only
+when all who must hold it have acknowledged it, and that otherwise all void it (protocol 4.9, 6.2), also
+across a crash. What is under way is a durable job towards each of them; deleting these jobs, in one commit
+with whatever keeps the keys here, is what decides that they are released. Keys that are released just as
+their caller leaves are voided, too. Nothing here speaks to foreign key managers; ready-made keys are in
+``mesh.node.buffers``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Protocol
 import msgspec
 
 from mesh.core.border_rules import Association
-from mesh.errors import ErrorReason, PeerError, ShortageError, UnavailableError
+from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
 from mesh.node.border.ports import After, Arrival
 from mesh.node.jobs import Answered, Jobs
 from mesh.node.keyports import Surroundings
@@ -40,7 +41,7 @@ _LOG = logging.getLogger("keymesh.handovers")
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """Keys that go to one border by sealed message."""
+    """Keys that go to one KME, a border or the home of slaves, by sealed message."""
 
     border: str
     message: SealedMessage = field(repr=False)
@@ -84,7 +85,9 @@ class _Group:
     Attributes:
         holders: the KMEs that each key_ID went to.
         also: written in the commit that releases the keys.
+        undo: takes that back.
         on_kept: called after it, if what ``also`` wrote has the keys from then on, whoever leaves.
+        problem: what the first who refused said, if it said why.
         deciding: changes under way whose commit would release them.
     """
 
@@ -94,10 +97,12 @@ class _Group:
     is_local: bool
     holders: dict[bytes, set[str]]
     also: Callable[[Tables], object]
+    undo: Callable[[Tables], object]
     on_kept: Callable[[], None] | None
     outcome: asyncio.Future[None]
     decided: asyncio.Future[bool]
     answers: dict[bytes, bool] = field(default_factory=dict)
+    problem: MeshError | None = None
     is_waiting: bool = True
     is_recalled: bool = False
     deciding: int = 0
@@ -124,7 +129,7 @@ class _Group:
 
 
 class Handovers:
-    """Hands keys to borders and decides, once, whether they are released or voided.
+    """Hands keys over and decides, once, whether they are released or voided.
 
     Args:
         exporter: the border at this very node, set once it is built.
@@ -164,12 +169,14 @@ class Handovers:
         *,
         timeout_s: float,
         also: Callable[[Tables], object] = lambda _: None,
+        undo: Callable[[Tables], object] = lambda _: None,
         on_kept: Callable[[], None] | None = None,
     ) -> None:
-        """Returns once every border has them acknowledged; the keys are the caller's to release then.
+        """Returns once everybody has them acknowledged; the keys are the caller's to release then.
 
         Args:
             also: written with the very decision.
+            undo: takes that back, if the caller left just then.
             on_kept: called when that is durable; the keys then stay, even if the caller leaves.
 
         Raises:
@@ -189,6 +196,7 @@ class Handovers:
             is_local=local is not None,
             holders=holders,
             also=also,
+            undo=undo,
             on_kept=on_kept,
             outcome=loop.create_future(),
             decided=loop.create_future(),
@@ -201,7 +209,7 @@ class Handovers:
         except TimeoutError as exc:
             if not _is_released(group):
                 raise UnavailableError(
-                    "the other key manager did not acknowledge in time",
+                    "not everybody who must hold the keys acknowledged them in time",
                     reason=ErrorReason.DEADLINE_EXCEEDED,
                     retry_after_s=1.0,
                 ) from exc
@@ -220,15 +228,19 @@ class Handovers:
         local: LocalParcel | None,
         timeout_s: float,
     ) -> None:
-        for parcel in parcels:
-            context = _Context(group.group_id, master, parcel.key_ids)
-            await self._jobs.submit(
-                parcel.border,
-                parcel.message,
-                timeout_s=timeout_s,
-                kind=KIND,
-                context=msgspec.msgpack.encode(context),
+        contexts = [_Context(group.group_id, master, parcel.key_ids) for parcel in parcels]
+        await asyncio.gather(
+            *(
+                self._jobs.submit(
+                    parcel.border,
+                    parcel.message,
+                    timeout_s=timeout_s,
+                    kind=KIND,
+                    context=msgspec.msgpack.encode(context),
+                )
+                for parcel, context in zip(parcels, contexts, strict=True)
             )
+        )
         if local is not None:
             if self.exporter is None:
                 raise ShortageError("no border is configured at this node", reason=ErrorReason.NO_ROUTE)
@@ -238,6 +250,8 @@ class Handovers:
                 export_id=group.group_id,
                 give_up_s=max(_LEAST_S, timeout_s - MARGIN_S),
             )
+        if not group.members:
+            await self._decide(group)
 
     def _leave(self, group: _Group) -> None:
         """Nobody waits any more: what is not released by now, nor just being released, never will be."""
@@ -263,11 +277,12 @@ class Handovers:
     # answers
 
     async def _answered(self, answered: Answered) -> None:
-        """Takes over the answer of one border: the job goes with the decision, whichever it is."""
+        """Takes over one answer: its job goes with the decision, whichever it is."""
         context = msgspec.msgpack.decode(answered.context, type=_Context)
         group = self._groups.get(context.group)
         if group is not None and not group.decided.done():
             group.answers[answered.job_id] = _is_good(answered.answer)
+            group.problem = group.problem or _problem(answered.answer)
             await self._decide(group)
         is_released = group is not None and await asyncio.shield(group.decided)
         if not is_released:
@@ -285,7 +300,7 @@ class Handovers:
         if group.is_lost:
             group.decided.set_result(False)
             if not group.outcome.done():
-                group.outcome.set_exception(_refused())
+                group.outcome.set_exception(group.problem or _refused())
         elif group.is_good:
             # A node that stops meanwhile must not leave keys that are released and nobody's.
             await self._tasks.unbroken(self._release(group))
@@ -332,29 +347,9 @@ class Handovers:
         if group.is_local:
             self._give_up_local(group.group_id)
         for parcel in group.parcels:
-            self.void_soon(parcel.border, group.master, parcel.key_ids)
-        self.void_stored(group.master, tuple(group.holders))
-
-    def void_stored(self, master: str, key_ids: Sequence[bytes]) -> None:
-        """Voids what this node's own key store has of keys that nobody was given."""
-
-        def change(tables: Tables) -> None:
-            for key_id in key_ids:
-                tables.keystore.void(master, key_id)
-
-        self._tasks.insist("voiding stored keys", lambda: self._store.commit(change))
-
-    def void_soon(
-        self, border: str, master: str, key_ids: Sequence[bytes], *, for_s: float | None = None
-    ) -> None:
-        """Voids keys that nobody was given at another KME, as soon as that can be sealed.
-
-        Args:
-            for_s: after which it is given up: they expire.
-        """
-        self._tasks.insist(
-            f"voiding keys at {border}", partial(self.void, border, master, key_ids), for_s=for_s
-        )
+            void = partial(self.void, parcel.border, group.master, parcel.key_ids)
+            self._tasks.insist(f"voiding keys at {parcel.border}", void)
+        self._tasks.insist("taking back what was kept here", lambda: self._store.commit(group.undo))
 
     async def void(
         self,
@@ -364,7 +359,7 @@ class Handovers:
         *,
         also: Callable[[Tables, bytes], object] | None = None,
     ) -> None:
-        """Has a border void keys that nobody was given; durable when this returns.
+        """Has a KME void keys that nobody was given; durable when this returns.
 
         Raises:
             ShortageError, UnavailableError: the message could not be sealed.
@@ -373,7 +368,7 @@ class Handovers:
         await self._jobs.submit(border, message, timeout_s=_VOID_TIMEOUT_S, also=also)
 
     async def _undo(self, answered: Answered, context: _Context) -> None:
-        """Voids what the border has acknowledged; the void is durable before the job is gone."""
+        """Voids what was acknowledged; the void is durable before the job is gone."""
         answer, job_id = answered.answer, answered.job_id
         relayed: list[bytes] = []
         if answer is not None and answer.applied:
@@ -441,6 +436,15 @@ def _is_released(group: _Group) -> bool:
 
 
 def _refused() -> PeerError:
-    return PeerError(
-        "the other key manager did not take the keys", reason=ErrorReason.PEER_REFUSED, retry_after_s=1.0
+    return PeerError("a target did not take the keys", reason=ErrorReason.PEER_REFUSED, retry_after_s=1.0)
+
+
+def _problem(answer: SealedAnswer | None) -> MeshError | None:
+    if answer is None or answer.reason not in (ErrorReason.NOT_AUTHORIZED, ErrorReason.UNKNOWN_SAE):
+        return None
+    # The two ends hold different network documents for now.
+    return UnavailableError(
+        "a target does not know the master or a slave as we do",
+        reason=ErrorReason.PEER_REFUSED,
+        retry_after_s=5.0,
     )

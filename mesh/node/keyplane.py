@@ -211,10 +211,8 @@ class KeyPlane:
         self.appender.renewed = self.supply.doubt
         self.stored = StoredKeys(
             around,
-            store=store,
             links=links,
             supply=self.supply,
-            jobs=self.jobs,
             handovers=self.handovers,
             lifetime_s=config.key_lifetime_s,
         )

@@ -9,25 +9,20 @@ With a slave elsewhere the bytes come from the reserve to that slave's KME inste
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mesh.core import otp
 from mesh.core.border_rules import Association
-from mesh.errors import ErrorReason, MeshError, PeerError, ShortageError, UnavailableError
+from mesh.errors import ShortageError
 from mesh.node.border.ports import Arrival
 from mesh.node.handovers import MARGIN_S, Handovers, LocalParcel, Parcel
-from mesh.node.jobs import Jobs
 from mesh.node.keyports import Surroundings
 from mesh.node.ports import LinkPlanePort
 from mesh.node.supply import Keys, Supply
-from mesh.node.tasks import unbroken
-from mesh.store.store import Store
 from mesh.store.tables import StoredKeyRow, Tables
-from mesh.v1.peer_pb2 import KeyDeposit, SealedAnswer, SealedMessage, StoredKey
+from mesh.v1.peer_pb2 import KeyDeposit, SealedMessage, StoredKey
 
 _MAX_DEPOSIT_BYTES = 128 * 1024
-_VOID_FOR_S = 60.0
 # What a hardware source is said to hold ready.
 _HARDWARE_LEVEL_BYTES = 1 << 20
 LOCAL_GRADE = "local"
@@ -40,19 +35,15 @@ class StoredKeys:
         self,
         around: Surroundings,
         *,
-        store: Store,
         links: LinkPlanePort,
         supply: Supply,
-        jobs: Jobs,
         handovers: Handovers,
         lifetime_s: float,
     ) -> None:
         self._around = around
         self._handovers = handovers
-        self._store = store
         self._links = links
         self._supply = supply
-        self._jobs = jobs
         self._lifetime_s = lifetime_s
 
     async def create(
@@ -104,89 +95,36 @@ class StoredKeys:
         def keep_here(tables: Tables) -> None:
             tables.keystore.put_stored_keys(rows)
 
-        targets = {kme: slaves[kme] for kme in remote}
-        if foreign:
-            crossing = [sae for sae in at_home if sae in foreign]
-            await self._hand_over(
-                master, targets, crossing, keys, grade=grade, deadline=deadline, also=keep_here
-            )
-            return keys, grade
-        try:
-            await self._deposit(
-                master, targets, keys, grade=grade, expires_at_s=expires_at_s, deadline=deadline
-            )
-            if rows:
-                await unbroken(self._store.commit(keep_here))
-        except (MeshError, asyncio.CancelledError):
-            # Nobody learnt them, and any of the targets may have them by now.
-            key_ids = [key_id for key_id, _ in keys]
-            if rows:
-                self._handovers.void_stored(master, key_ids)
-            for kme in targets:
-                self._handovers.void_soon(kme, master, key_ids, for_s=_VOID_FOR_S)
-            raise
-        return keys, grade
+        def forget_here(tables: Tables) -> None:
+            for row in rows:
+                tables.keystore.void(master, row.key_id)
 
-    async def _hand_over(
-        self,
-        master: str,
-        targets: Mapping[str, Sequence[str]],
-        crossing: Sequence[str],
-        keys: Keys,
-        *,
-        grade: str,
-        deadline: float,
-        also: Callable[[Tables], object],
-    ) -> None:
-        """As ``_deposit``, where some slaves are foreign: their key managers acknowledge, too."""
         left_s = max(0.1, deadline - self._around.monotonic_s())
-        expires_at_s = int(self._around.now_s() + self._lifetime_s)
-        parcels = []
-        for kme, saes in targets.items():
-            for part in _parts(keys):
-                deposit = self._message(master, saes, part, grade, expires_at_s)
-                deposit.give_up_s = max(0.3, left_s - MARGIN_S)
-                parcels.append(Parcel(kme, SealedMessage(keys=deposit), tuple(key_id for key_id, _ in part)))
-        local = None
-        if crossing:
-            arrivals = tuple(Arrival(key_id, value) for key_id, value in keys)
-            local = LocalParcel(Association.of(master, crossing), arrivals)
-        await self._handovers.hand_over(master, parcels, local, timeout_s=left_s, also=also)
+        give_up_s = max(0.3, left_s - MARGIN_S)
 
-    async def _deposit(
-        self,
-        master: str,
-        targets: Mapping[str, Sequence[str]],
-        keys: Keys,
-        *,
-        grade: str,
-        expires_at_s: int,
-        deadline: float,
-    ) -> None:
-        """Returns once all targets have acknowledged."""
-        left_s = max(0.1, deadline - self._around.monotonic_s())
-        messages = [
-            (kme, SealedMessage(keys=self._message(master, saes, part, grade, expires_at_s)))
-            for kme, saes in targets.items()
+        def message(part: Keys, saes: Sequence[str]) -> SealedMessage:
+            deposit = KeyDeposit(
+                master_sae_id=master,
+                slave_sae_ids=saes,
+                keys=[StoredKey(key_id=key_id, value=value) for key_id, value in part],
+                expires_at_s=expires_at_s,
+                grade=grade,
+                give_up_s=give_up_s,
+            )
+            return SealedMessage(keys=deposit)
+
+        parcels = [
+            Parcel(kme, message(part, slaves[kme]), tuple(key_id for key_id, _ in part))
+            for kme in remote
             for part in _parts(keys)
         ]
-        outcomes = await asyncio.gather(
-            *(self._jobs.send(kme, message, timeout_s=left_s) for kme, message in messages),
-            return_exceptions=True,
+        crossing = [sae for sae in at_home if sae in foreign]
+        arrivals = tuple(Arrival(key_id, value) for key_id, value in keys)
+        local = LocalParcel(Association.of(master, crossing), arrivals) if crossing else None
+        await self._handovers.hand_over(
+            master, parcels, local, timeout_s=left_s, also=keep_here, undo=forget_here
         )
-        error = next((problem for outcome in outcomes if (problem := _problem(outcome)) is not None), None)
-        if error is not None:
-            raise error
-
-    @staticmethod
-    def _message(master: str, saes: Sequence[str], keys: Keys, grade: str, expires_at_s: int) -> KeyDeposit:
-        return KeyDeposit(
-            master_sae_id=master,
-            slave_sae_ids=saes,
-            keys=[StoredKey(key_id=key_id, value=value) for key_id, value in keys],
-            expires_at_s=expires_at_s,
-            grade=grade,
-        )
+        return keys, grade
 
     async def local_values(self, number: int, size_bytes: int, timeout_s: float) -> list[bytes]:
         """Fresh keys of lane bytes mixed with this machine's randomness (4.9).
@@ -229,21 +167,6 @@ def _parts(keys: Keys) -> list[Keys]:
     """Keys in pieces that one deposit carries."""
     each = max(1, _MAX_DEPOSIT_BYTES // (len(keys[0][1]) + 32))
     return [keys[at : at + each] for at in range(0, len(keys), each)]
-
-
-def _problem(outcome: SealedAnswer | BaseException) -> BaseException | None:
-    if isinstance(outcome, BaseException):
-        return outcome
-    if outcome.applied:
-        return None
-    if outcome.reason in (ErrorReason.NOT_AUTHORIZED, ErrorReason.UNKNOWN_SAE):
-        # The two ends hold different network documents for now.
-        return UnavailableError(
-            "a target does not know the master or a slave as we do",
-            reason=ErrorReason.PEER_REFUSED,
-            retry_after_s=5.0,
-        )
-    return PeerError("a target did not take the keys", reason=ErrorReason.PEER_REFUSED, retry_after_s=1.0)
 
 
 def random_id(randomness: bytes) -> bytes:

@@ -66,14 +66,13 @@ class Background:
             breaks = 1 if clock() - began_s > MAX_PAUSE_S else breaks + 1
             await asyncio.sleep(pause_s(breaks))
 
-    def insist(self, what: str, work: Callable[[], Awaitable[object]], *, for_s: float | None = None) -> None:
+    def insist(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
         """Does ``work``, again after every MeshError, until it is done; ``close`` waits a moment for it.
 
         Args:
             what: for the log.
-            for_s: after which nobody needs it any more.
         """
-        self._need(self.spawn(self._insisted(what, work, for_s)))
+        self._need(self.spawn(self._insisted(what, work)))
 
     async def unbroken(self, work: Coroutine[Any, Any, T]) -> T:
         """As the function of that name; ``close`` waits for what follows from it, too."""
@@ -85,16 +84,13 @@ class Background:
         return task
 
     @staticmethod
-    async def _insisted(what: str, work: Callable[[], Awaitable[object]], for_s: float | None) -> None:
-        clock = asyncio.get_running_loop().time
-        began_s, attempts = clock(), 0
+    async def _insisted(what: str, work: Callable[[], Awaitable[object]]) -> None:
+        attempts = 0
         while True:
             try:
                 await work()
             except MeshError as exc:
                 attempts += 1
-                if for_s is not None and clock() - began_s > for_s:
-                    raise
                 _LOG.warning("not possible yet: %s", what, extra={"cause": str(exc)})
                 await asyncio.sleep(pause_s(attempts))
             else:

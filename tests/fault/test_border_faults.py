@@ -7,6 +7,7 @@ KME of ours says what it should not.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from mesh.core.border_rules import AckStatus, Association, BufferSpec
 from mesh.errors import MeshError, UnavailableError
 from mesh.node.border.ports import Ack
+from mesh.node.buffers import _Stock
 from mesh.v1.border_pb2 import LeasedJob
 from mesh.v1.peer_pb2 import RecallKeys, SealedMessage
 from tests.fakes.border_network import TwoDomains
@@ -225,6 +227,26 @@ async def test_an_ack_that_the_disk_refused_releases_nothing(
     (result,) = await asyncio.gather(asking, return_exceptions=True)
     assert isinstance(result, MeshError)
     await nobody_has_it(domains)
+
+
+async def test_a_fill_that_breaks_unexpectedly_does_not_end_the_filling(
+    domains: TwoDomains, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane = domains.can.plane("can-x")
+    buffers, breaks = plane.foreign.buffers, 0
+    fill = buffers._fill
+
+    async def break_once(*args: Any) -> None:
+        nonlocal breaks
+        breaks += 1
+        if breaks == 1:
+            raise ZeroDivisionError("nobody expected that")
+        await fill(*args)
+
+    monkeypatch.setattr(buffers, "_fill", break_once)
+    buffers._stocks[PAIR] = _Stock(BufferSpec(*PAIR, 2, 32), deque())
+    await until(lambda: level(domains) == 2)
+    assert breaks == 2
 
 
 # who may take a key back

@@ -178,3 +178,19 @@ async def test_keys_for_several_slaves_are_voided_although_the_master_gave_up(li
     await until(lambda: line.plane("kme-a").jobs.open_jobs("kme-c") == 0)
     await until(lambda: held("kme-b") == 0)
     assert (held("kme-a"), held("kme-c")) == (0, 0)
+
+
+async def test_keys_for_several_slaves_are_voided_although_the_masters_node_died(line: KeyNetwork) -> None:
+    def held(kme: str) -> int:
+        return line.store(kme).read(lambda tables: tables.keystore.count_held())
+
+    line.on_call = lambda kind, own, peer, _message: not (kind == "deposit" and peer == "kme-c")
+    asking = asyncio.create_task(line.get("sae-a", "sae-b", more=["sae-c"]))
+    await until(lambda: held("kme-b") == 1)
+    await line.restart("kme-a")  # its tasks end at once: nobody who waits is told
+    line.on_call = lambda *_: True
+    await until(lambda: line.plane("kme-a").jobs.open_jobs("kme-c") == 0)
+    await until(lambda: held("kme-b") == 0, timeout_s=8.0)
+    assert held("kme-c") == 0
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
