@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LAB_DIR ?= build/lab
 NETWORK ?= metro
-PYTEST_WORKERS ?= 2
+# Most tests wait for processes: a third worker costs two cores nothing.
+PYTEST_WORKERS ?= 3
 DURATION ?= 60
 SEED ?= 1
 .DEFAULT_GOAL := help

@@ -140,7 +140,7 @@ class DeviceServer:
                 return _error(503, error.message)
             except MeshError as error:
                 return _error(400, error.message)
-            except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
                 return _error(400, f"request not understood: {error}")
 
         return gate
@@ -224,7 +224,7 @@ class DeviceServer:
     async def _change_faults(self, request: web.Request) -> web.Response:
         try:
             change = msgspec.json.decode(await request.read(), type=_FaultChange)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
             return _error(400, f"fault not understood: {error}")
         for name in Faults.__struct_fields__:
             value = getattr(change, name)

@@ -238,7 +238,7 @@ def _entry(entries: dict[str, T], kme_id: str, value: bytes | None, kind: type[T
         decoded = msgspec.json.decode(value, type=kind)
         if not isinstance(decoded, MarksCopy):
             _check_record(kme_id, decoded)
-    except (msgspec.MsgspecError, UnicodeDecodeError, CallerError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, CallerError) as error:
         facts = {"kind": kind.__name__, "kme_id": kme_id[:64], "error": str(error)[:200]}
         _log.warning("directory entry ignored", extra=facts)
         return None

@@ -13,6 +13,8 @@ import yaml
 
 from mesh.errors import ConfigError
 
+#: Deeper than anything that is read here. libyaml's composer recurses, and far deeper it overruns the stack.
+MAX_DEPTH = 100
 #: What PyYAML's scanner, parser and constructors were seen to raise on hostile input.
 _FAULTS = (
     yaml.YAMLError,
@@ -33,12 +35,24 @@ def decode_yaml(data: bytes | str, *, loader: type[Any] = yaml.CSafeLoader) -> A
         loader: a subclass of one of PyYAML's safe loaders.
 
     Raises:
-        ConfigError: it is not valid YAML; says where as far as PyYAML does.
+        ConfigError: it is not valid YAML, or nested too deeply; says where as far as PyYAML does.
     """
     try:
+        _check_depth(data)
         return yaml.load(data, Loader=loader)  # noqa: S506 - safe loaders only
     except _FAULTS as error:
         mark = getattr(error, "problem_mark", None)
         facts = {} if mark is None else {"line": mark.line + 1}
         problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
         raise ConfigError(f"not valid YAML: {problem or type(error).__name__}", facts=facts) from error
+
+
+def _check_depth(data: bytes | str) -> None:
+    depth = 0
+    for event in yaml.parse(data, Loader=yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise yaml.YAMLError(f"values nested deeper than {MAX_DEPTH}")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1

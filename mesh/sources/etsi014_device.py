@@ -29,6 +29,7 @@ _BACKOFF_FIRST_S = 0.25
 _BACKOFF_LAST_S = 15.0
 _MAX_CALLS_PER_TAKE = 64
 _REPORT_LIFE_S = 60.0
+_MALFORMED = (msgspec.ValidationError, msgspec.DecodeError, RecursionError)
 _LOST_MESSAGES = ("not found", "unknown key")
 
 
@@ -225,7 +226,7 @@ class Etsi014Device:
         self._check(method, status, payload)
         try:
             answer = msgspec.json.decode(payload, type=kind)
-        except (msgspec.ValidationError, msgspec.DecodeError):
+        except _MALFORMED:
             self._back_off()
             # No cause: a parser's message may quote what it read, and that may be key.
             raise PeerError(f"the device's answer to {method} is malformed") from None
@@ -298,7 +299,7 @@ def _says_lost(status: int, payload: bytes) -> bool:
     """
     try:
         message = msgspec.json.decode(payload, type=_Error).message[:200].lower()
-    except (msgspec.ValidationError, msgspec.DecodeError):
+    except _MALFORMED:
         return False
     return (status == 404 and "key" in message) or (
         status == 400 and any(text in message for text in _LOST_MESSAGES)

@@ -72,6 +72,14 @@ def test_every_cut_and_every_byte_of_the_first_seed(target: Target) -> None:
         target.try_one(seed[:at] + bytes([seed[at] ^ 0xFF]) + seed[at + 1 :])
 
 
+@EACH
+def test_values_nested_beyond_every_parsers_depth(target: Target) -> None:
+    for seed in target.seeds:
+        for at in [0, *(at + 1 for at, byte in enumerate(seed) if byte in b"\x00:,[{")][:20]:
+            for deep in (b"[" * 100_000, b'{"a":' * 20_000):
+                target.try_one(seed[:at] + deep + seed[at:])
+
+
 SCALARS = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.floats(), st.dates()),
     *(st.text(max_size=8), st.binary(max_size=4)),
