@@ -50,7 +50,9 @@ def node() -> Node:
 
 
 @pytest.fixture
-def batcher(node: Node) -> Batcher[str, str]:
+def batcher(node: Node, monkeypatch: pytest.MonkeyPatch) -> Batcher[str, str]:
+    """With one RPC in flight, so that one that is held makes the others wait."""
+    monkeypatch.setattr(batching, "IN_FLIGHT", 1)
     return Batcher(node.send)
 
 
@@ -95,6 +97,21 @@ async def test_one_in_flight_the_rest_gathers(node: Node, batcher: Batcher[str, 
     assert node.batches == [["a"], ["b", "c"]]
     node.held[1].set_result(None)
     assert await asyncio.gather(*tasks) == ["A", "B", "C"]
+
+
+async def test_two_in_flight_by_default_the_rest_gathers(node: Node) -> None:
+    batcher = Batcher(node.send)
+    tasks = []
+    for name in "abcd":
+        tasks.append(ask(batcher, name))
+        await turn()
+    assert node.batches == [["a"], ["b"]]
+    node.held[1].set_result(None)
+    await turn()
+    assert node.batches == [["a"], ["b"], ["c", "d"]]
+    node.held[0].set_result(None)
+    node.held[2].set_result(None)
+    assert await asyncio.gather(*tasks) == ["A", "B", "C", "D"]
 
 
 async def test_batches_are_bounded_by_count_and_bytes(node: Node, batcher: Batcher[str, str]) -> None:
