@@ -25,7 +25,6 @@ from gateway.settings import read_settings
 from mesh.client import ConfigError, NotAuthorizedError
 from mesh.ops.certificates import UNREADABLE
 
-MAX_SAE_ID_CHARS: Final = 64
 NODE_PLANE_SCHEME: Final = "keymesh://"
 
 # RFC 3986: unreserved, gen-delims, sub-delims, and % only before two hex digits.

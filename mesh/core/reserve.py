@@ -236,11 +236,6 @@ class OutboundReserve:
         return sum((stop - start) // count for start, stop in self._sealed)
 
     @property
-    def lowest_sealed(self) -> int | None:
-        """The lowest unused sealed slot."""
-        return self._sealed[0][0] if self._sealed else None
-
-    @property
     def lowest_sealed_in_flight(self) -> int | None:
         """The lowest slot of a sealed transfer that may still be confirmed."""
         firsts = [first for first, entry in self._in_flight.items() if entry.kind is SlotKind.SEALED]

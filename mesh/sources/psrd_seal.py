@@ -34,7 +34,6 @@ from mesh.errors import CallerError, ErrorReason, IntegrityError
 
 SALT_BYTES = 16
 TAG_BYTES = 16
-LOCKED_AT = 26
 CHUNKS_AT = 42
 COST_LOG2 = 17
 CHUNK_LOG2 = 20

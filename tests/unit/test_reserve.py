@@ -135,9 +135,9 @@ def test_sealed_slots_are_apart_from_keys() -> None:
     assert (reserve.sealed_messages(2), reserve.sealed_messages(6)) == (2, 0)
     assert reserve.take_sealed(6) is None
     reserve.forfeit_sealed_below(first + 6)
-    assert reserve.lowest_sealed == first + 6
+    assert reserve.sealed_slots == 2
     assert reserve.take_sealed(2) == Range(6, 8)
-    assert reserve.lowest_sealed is None
+    assert reserve.sealed_slots == 0
 
 
 def test_a_restart_resumes_at_the_marks() -> None:

@@ -117,22 +117,6 @@ class Appends(Table):
         )
         return [_append(row) for row in rows]
 
-    def set_confirm(self, reserve_id: int, first_slot: int, confirm: bytes | None) -> None:
-        """The target has confirmed this append; keep the message if given.
-
-        Raises:
-            CallerError: no such append.
-        """
-        changed = self._run(
-            "UPDATE appends SET is_confirmed = 1, confirm = coalesce(?, confirm)"
-            " WHERE reserve_id = ? AND first_slot = ?",
-            confirm,
-            reserve_id,
-            first_slot,
-        )
-        if not changed:
-            raise CallerError("no such append", facts={"reserve_id": reserve_id, "first_slot": first_slot})
-
     def wipe_inline(self, reserve_id: int, first_slot: int, offset: int, length: int) -> None:
         """Overwrite ``length`` bytes of an append's inline bytes at ``offset`` with zeros, if it has any."""
         row = self._row(

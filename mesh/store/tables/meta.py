@@ -74,10 +74,6 @@ class Incarnations(Table):
         rows = self._rows("SELECT id FROM incarnations ORDER BY number DESC LIMIT ?", limit)
         return [bytes(row[0]) for row in rows]
 
-    def is_own(self, incarnation: bytes) -> bool:
-        """True if the id is among our own that are kept."""
-        return self._row("SELECT 1 FROM incarnations WHERE id = ?", incarnation) is not None
-
 
 @dataclass(frozen=True, slots=True)
 class PeerRow:
